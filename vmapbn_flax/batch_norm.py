@@ -1,0 +1,273 @@
+"""Batch normalisation for networks that are written for one example.
+
+Batch norm (Ioffe & Szegedy, 2015) needs the batch; a function under `jax.vmap` sees one example. A
+named axis joins the two: `lax.psum(x, "batch")` inside a function mapped with
+`axis_name="batch"` sums over all the examples, and what it returns is the same for every one of
+them. `BatchNorm` is written that way. `BatchedBatchNorm` is the same layer on a whole batch, the
+textbook way, with the same variables.
+
+The statistics are those of Chan, Golub & LeVeque (1983), eq. 1.7: two passes and a correction term,
+
+    d = x - mean(x);  c = mean(d);  var = mean(d * d) - c * c;  y = (d - c) / sqrt(var + epsilon)
+
+`c` is the rounding error of the first mean, so the result stays exact however far the data lies
+from zero, where the one-pass E[x^2] - E[x]^2 loses every digit.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import lax
+from jaxtyping import Array, Bool, Float, Num
+
+AxisName = str | tuple[str, ...]
+Mask = Bool[Array, "*positions"] | Num[Array, "*positions"]
+
+
+class Moments(NamedTuple):
+    """Batch statistics, with the input as it is after the mean was taken off."""
+
+    centred: Float[Array, "*positions features"]
+    mean: Float[Array, " features"]
+    var: Float[Array, " features"]  # biased: divided by `count`
+    count: Float[Array, ""] | int  # values behind each mean: examples x positions, or sum of weights
+
+
+def batch_moments(
+    x: Float[Array, "*positions features"],
+    weights: Float[Array, "*positions 1"] | None,
+    axis_name: tuple[str, ...],
+    use_fast_variance: bool,
+) -> Moments:
+    """Mean and variance of each feature over all positions of `x` and over the axes `axis_name`.
+
+    Two reductions across `axis_name`, or one with `use_fast_variance`. `weights=None` counts every
+    position once; values of weight zero are never looked at.
+    """
+    positions = tuple(range(x.ndim - 1))
+
+    def total(*terms: Array) -> list[Array]:
+        return lax.psum([jnp.sum(term, positions) for term in terms], axis_name)
+
+    if weights is None:
+        present, weights = True, 1.0
+        count = divisor = math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name))
+        first = total(x, x * x) if use_fast_variance else total(x)
+    else:
+        present = weights > 0
+        x = jnp.where(present, x, 0)
+        weighted = weights * x
+        *first, count = total(weighted, *([weighted * x] if use_fast_variance else []), weights)
+        count = jnp.squeeze(count, 0)
+        divisor = jnp.where(count > 0, count, 1)
+
+    mean = first[0] / divisor
+    if use_fast_variance:
+        var = first[1] / divisor - mean * mean
+    else:
+        # Neither y nor var changes when every x is shifted alike, so the first mean is a constant to
+        # differentiation (of any order), and the backward pass is one reduction shorter.
+        mean = lax.stop_gradient(mean)
+    d = jnp.where(present, x - mean, 0) if present is not True else x - mean
+    if not use_fast_variance:
+        c, var = (sum_ / divisor for sum_ in total(weights * d, weights * d * d))
+        mean, d, var = mean + c, d - c, var - c * c
+    return Moments(d, mean, jnp.maximum(var, 0), count)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm for one example, over the batch that the named axis `axis_name` stands for.
+
+    `x` is one example, `(*spatial, features)`. In training, statistics run over its spatial axes and
+    over every axis in `axis_name`, so the layer must be called where those axes are mapped; evaluation
+    needs no axis:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vmapbn_flax import BatchNorm
+    >>> layer, image = BatchNorm(axis_name="batch"), jnp.ones((28, 28, 3))
+    >>> variables = layer.init(jax.random.key(0), image, train=False)
+    >>> jax.tree.map(jnp.shape, variables)
+    {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
+    >>> images = jnp.ones((8, 28, 28, 3))
+    >>> def forward(variables, image):
+    ...     return layer.apply(variables, image, train=True, mutable=["batch_stats"])
+    >>> mapped = jax.vmap(forward, in_axes=(None, 0), out_axes=(0, None), axis_name="batch")
+    >>> y, updates = mapped(variables, images)
+    >>> y.shape, updates["batch_stats"]["mean"].shape
+    ((8, 28, 28, 3), (3,))
+
+    `VmapBatch` does this for a whole Flax network. Statistics are computed in at least float32 from
+    the biased variance, and a training step moves the running ones by
+
+        running = momentum * running + (1 - momentum) * batch
+
+    (`flax.linen.BatchNorm`; PyTorch's `momentum` is 1 minus this one). `momentum=None` keeps the
+    cumulative average over all steps instead, and a `count` of them beside `mean` and `var`.
+
+    Ghost batches (Hoffer, Hubara & Soudry, 2017): name the axis within a group in `axis_name` and the
+    axis of groups in `replica_axis_name`. Each group is normalised with its own statistics, and the
+    running ones follow the average of the groups that hold examples.
+
+    Attributes:
+      axis_name: the axis or axes to normalise over.
+      replica_axis_name: the mapped axes that are *not* normalised over; running statistics are
+        averaged over them.
+      momentum: decay of the running statistics, in [0, 1), or None. May be a traced scalar.
+      epsilon: added to the variance. May be a traced scalar.
+      dtype: of the result; by default what `x`, scale and bias promote to.
+      param_dtype: of scale and bias; running statistics are kept in this, or float32 if it is narrower.
+      use_bias, use_scale: whether the result is shifted, scaled by learned parameters.
+      bias_init, scale_init: their initializers.
+      use_fast_variance: E[x^2] - E[x]^2, in one reduction; loses all digits when the mean is large.
+      unbiased_running_var: accumulate the running variance times n / (n - 1), as PyTorch does, n being
+        the number of values (the sum of the weights) behind it. Normalisation is biased all the same.
+    """
+
+    axis_name: AxisName = "batch"
+    replica_axis_name: AxisName = ()
+    momentum: float | Float[Array, ""] | None = 0.99
+    epsilon: float | Float[Array, ""] = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Callable[..., Array] = nn.initializers.zeros
+    scale_init: Callable[..., Array] = nn.initializers.ones
+    use_fast_variance: bool = False
+    unbiased_running_var: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Num[Array, "*positions features"], *, train: bool, mask: Mask | None = None
+    ) -> Num[Array, "*positions features"]:
+        """Normalises one example.
+
+        Args:
+          x: one example, `(*spatial, features)`.
+          train: normalise by the batch and move the running statistics (`batch_stats` must be
+            mutable), or normalise by the running statistics and leave them.
+          mask: which values count in training, a scalar for the whole example or one entry per
+            position, `(*spatial,)`: booleans or non-negative weights. Values of weight zero may be
+            anything, NaN included, and come out finite. With nothing left in the batch, the running
+            statistics stay as they are.
+
+        Returns:
+          The normalised example, in the shape of `x`.
+
+        Raises:
+          NameError: in training, an axis in `axis_name` or `replica_axis_name` is not mapped.
+          ValueError: the batch has one value per feature, or the mask has another shape.
+        """
+        features = x.shape[-1:]
+        stats_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+        running = {
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype),
+            "var": self.variable("batch_stats", "var", jnp.ones, features, stats_dtype),
+        }
+        if self.momentum is None:
+            running["count"] = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
+        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        # Initialising needs shapes only: no axis, and the statistics must come out as they start.
+        if train and not self.is_initializing():
+            moments = self._moments(x, mask)
+            self._update(running, moments)
+            centred, var = moments.centred, moments.var
+        else:
+            centred, var = x - running["mean"].value, running["var"].value
+        multiplier = lax.rsqrt(var + self.epsilon)
+        if scale is not None:
+            multiplier = multiplier * scale
+        y = centred * multiplier
+        if bias is not None:
+            y = y + bias
+        return y.astype(dtype)
+
+    def _moments(self, x: Array, mask: Array | None) -> Moments:
+        axis_name, replicas = as_axes(self.axis_name), as_axes(self.replica_axis_name)
+        for name in axis_name + replicas:
+            try:
+                lax.axis_size(name)
+            except NameError:
+                raise NameError(self._missing_axis(name)) from None
+        if math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name)) == 1:
+            raise ValueError(
+                f"{self._label()}: got a training batch of one value per feature, whose variance is zero and "
+                f"whose normalised value is zero whatever it was; expected two or more. Use a larger batch, "
+                f"or train=False to normalise by the running statistics."
+            )
+        weights = None
+        if mask is not None:
+            if mask.shape not in self._mask_shapes(x):
+                raise ValueError(
+                    f"{self._label()}: got a mask of shape {mask.shape} for x of shape {x.shape}; "
+                    f"expected {' or '.join(map(str, self._mask_shapes(x)))}."
+                )
+            weights = mask.astype(x.dtype).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+            weights = jnp.broadcast_to(weights, (*x.shape[:-1], 1))
+        return batch_moments(x, weights, axis_name, self.use_fast_variance)
+
+    def _update(self, running: dict[str, nn.Variable], moments: Moments) -> None:
+        """Moves the running statistics towards those of the batch, averaged over the replica axes."""
+        count = moments.count
+        var = moments.var
+        if self.unbiased_running_var:
+            var = var * jnp.where(count > 1, count / jnp.maximum(count - 1, 1e-6), 1)
+        replicas = as_axes(self.replica_axis_name)
+        present = jnp.asarray(count > 0, moments.mean.dtype)
+        groups, mean, var = lax.psum((present, present * moments.mean, present * var), replicas)
+        some = groups > 0
+        groups = jnp.maximum(groups, 1)
+
+        if self.momentum is None:
+            seen = running["count"].value
+            step_size = 1 / (seen + 1)
+            running["count"].value = seen + some
+        else:
+            step_size = 1 - self.momentum
+        for name, batch in (("mean", mean / groups), ("var", var / groups)):
+            old = running[name].value
+            moved = (1 - step_size) * old + step_size * batch
+            running[name].value = jnp.where(some, moved, old).astype(old.dtype)
+
+    def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
+        return list(dict.fromkeys([(), x.shape[:-1]]))
+
+    def _label(self) -> str:
+        return f"{type(self).__name__} {'/'.join(self.path)}".rstrip()
+
+    def _missing_axis(self, name: str) -> str:
+        mapped = as_axes(self.replica_axis_name) + as_axes(self.axis_name)
+        line = f"VmapBatch(module, axis_name={mapped[0] if len(mapped) == 1 else mapped!r})"
+        return (
+            f"{self._label()}: got train=True where no axis is named {name!r}; expected the axes of the "
+            f"layer's axis_name={self.axis_name!r} and replica_axis_name={self.replica_axis_name!r} to be "
+            f"mapped around it. Supply them with {line}, the outermost axis first. Evaluation (train=False) "
+            f"needs no axis."
+        )
+
+
+class BatchedBatchNorm(BatchNorm):
+    """The textbook layer: `BatchNorm` on a whole batch, `(batch, *spatial, features)`.
+
+    Statistics run over every axis of `x` but the last, and over the named axes in `axis_name`, of
+    which there are none by default. `mask` is `(batch,)` or `(batch, *spatial)`. Everything else,
+    the variables included, is `BatchNorm`'s.
+    """
+
+    axis_name: AxisName = ()
+
+    def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
+        return list(dict.fromkeys([x.shape[:1], x.shape[:-1]]))
+
+
+def as_axes(axis_name: AxisName) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
