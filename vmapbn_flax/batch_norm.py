@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 AxisName = str | tuple[str, ...]
-Mask = Bool[Array, "*positions"] | Num[Array, "*positions"]
+Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
 
 
 class Moments(NamedTuple):
@@ -76,7 +76,7 @@ def batch_moments(
     if not use_fast_variance:
         c, var = (sum_ / divisor for sum_ in total(weights * d, weights * d * d))
         mean, d, var = mean + c, d - c, var - c * c
-    return Moments(d, mean, jnp.maximum(var, 0), count)
+    return Moments(d, mean, jnp.where(var < 0, 0, var), count)
 
 
 class BatchNorm(nn.Module):

@@ -15,3 +15,11 @@ class UsageError(UserError):
 
 class RunError(UserError):
     """The workdir, a checkpoint, the disk, or training itself."""
+
+
+class Interrupted(Exception):
+    """Training stopped for a signal, after it saved."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped at step {step}, which is saved; the same command resumes")
+        self.exit_status = 128 + signum

@@ -100,9 +100,7 @@ class VmapBatch(nn.Module):
     axis_name: AxisName = "batch"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch_and_example"], *, train: bool, mask: Mask | None = None
-    ) -> Any:
+    def __call__(self, x: Float[Array, "*batch_and_example"], *, train: bool, mask: Mask | None = None) -> Any:
         """The module's result for each example.
 
         Args:
@@ -157,9 +155,7 @@ def _require_axes(names: tuple[str, ...]) -> Callable:
     Its statistics would differ along that axis, where the collection holds them once.
     """
 
-    def interceptor(
-        next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
-    ) -> Any:
+    def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
         if isinstance(layer, BatchNorm) and context.method_name == "__call__" and kwargs.get("train"):
             own, replicas = as_axes(layer.axis_name), as_axes(layer.replica_axis_name)

@@ -1,0 +1,12 @@
+"""The textbook variant: the same network written for a whole batch. The same numbers as vmap_bn.py.
+
+python train.py --config=configs/batched_bn.py
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model.norm = "batched"
+    return config

@@ -1,0 +1,40 @@
+"""Every field of a run, with its default. The other files here change a few of them."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of everything random; any integer in [0, 2**32)
+
+    config.data = data = ConfigDict()
+    data.name = "mnist"  # "mnist" is bundled; any other is a prepared tensorflow-datasets set
+    data.dir = ""  # where the data lies; "": the bundled files, $TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.validation_size = 0  # examples held out from the end of the training set, for selection
+
+    config.model = model = ConfigDict()
+    model.norm = "vmap"  # "vmap": one-example network; "batched": the textbook's; "none": no batch norm
+    model.hidden = (100, 100, 100)  # widths of the hidden layers
+    model.batch_norm_momentum = 0.99  # decay of the running statistics per step, in [0, 1)
+    model.batch_norm_epsilon = 1e-5  # added to the variance
+    model.ghost_batch_size = 0  # examples normalised together in training; 0: the whole batch
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"  # "adam", "adamw" (decoupled weight decay) or "sgd"
+    optimizer.learning_rate = 1e-2  # the highest
+    optimizer.schedule = "cosine"  # after the warm-up: "cosine" to zero, or "constant"
+    optimizer.warmup_epochs = 1.0  # linear from zero
+    optimizer.weight_decay = 0.0  # of the kernels, in units of the parameter per unit of learning rate
+    optimizer.adam_b1 = 0.9  # decay of Adam's first moment
+    optimizer.adam_b2 = 0.999  # decay of Adam's second moment
+    optimizer.sgd_momentum = 0.9  # decay of SGD's velocity
+
+    config.train = train = ConfigDict()
+    train.batch_size = 128  # examples
+    train.num_epochs = 20.0  # passes over the training set; may be a fraction
+    train.label_smoothing = 0.0  # probability spread evenly over all classes, in [0, 1)
+    train.log_every = 100  # steps between training rows in metrics.jsonl
+    train.eval_every = 1.0  # epochs between evaluations; each ends in a checkpoint
+    train.eval_batch_size = 1000  # examples; changes speed and memory only
+    train.max_skipped_steps = 10  # non-finite steps in a row that end the run
+    return config

@@ -1,0 +1,7 @@
+"""`python -m vmapbn_flax <command>`."""
+
+import sys
+
+from vmapbn_flax.cli import main
+
+sys.exit(main(sys.argv[1:]))

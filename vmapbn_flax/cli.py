@@ -1,0 +1,116 @@
+"""The command line: `python train.py ...` and `python -m vmapbn_flax <command> ...`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from vmapbn_flax.errors import Interrupted, UsageError, UserError
+from vmapbn_flax.flags import parse_config
+
+
+def main(argv: Sequence[str], started: float | None = None) -> int:
+    """Runs one command and returns its exit status; what goes wrong is one line on standard error."""
+    started = time.monotonic() if started is None else started
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        return arguments.run(arguments, rest, started) or 0
+    except UserError as error:
+        return _report(str(error), error.exit_status)
+    except Interrupted as stop:
+        return _report(str(stop), stop.exit_status)
+    except KeyboardInterrupt:
+        return _report("interrupted", 130)
+    except OSError as error:
+        return _report(f"{error.filename or 'the operating system'}: got {error.strerror or error}", 1)
+
+
+def _report(message: str, status: int) -> int:
+    print("error:" if status in (1, 2) else "note:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.format_usage()}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m vmapbn_flax", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    command = commands.add_parser("train", help="train or resume one run", allow_abbrev=False)
+    command.add_argument("--workdir", type=Path, help="where the run lives; default: runs/<config name>")
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("evaluate", help="evaluate a checkpoint", allow_abbrev=False)
+    command.add_argument("workdir", type=Path)
+    command.add_argument("--step", type=int, help="default: the newest checkpoint")
+    command.add_argument("--norm", choices=("vmap", "batched"), help="default: as the run was trained")
+    command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("refresh", help="recompute running statistics exactly", allow_abbrev=False)
+    command.add_argument("workdir", type=Path)
+    command.add_argument("--step", type=int, help="default: the newest checkpoint")
+    command.set_defaults(run=_refresh)
+
+    command = commands.add_parser("parity", help="compare the vmapped and the batched network", allow_abbrev=False)
+    command.set_defaults(run=_parity)
+
+    command = commands.add_parser("plot", help="lay runs over one another in a picture", allow_abbrev=False)
+    command.add_argument("workdirs", type=Path, nargs="+", metavar="workdir")
+    command.add_argument("-o", "--output", type=Path, required=True, help="the picture, a .png, .pdf or .svg")
+    command.set_defaults(run=_plot)
+    return parser
+
+
+def _train(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
+    config, default_workdir = parse_config(rest)  # before the slow imports, so that a typo answers at once
+    from vmapbn_flax.loop import train
+
+    train(config, arguments.workdir or default_workdir, started)
+
+
+def _evaluate(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
+    _refuse(rest)
+    from vmapbn_flax.evaluate import evaluate
+
+    for name, value in evaluate(arguments.workdir, arguments.step, arguments.norm).items():
+        print(name, value)
+
+
+def _refresh(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
+    _refuse(rest)
+    from vmapbn_flax.console import table
+    from vmapbn_flax.refresh import refresh
+
+    figures = refresh(arguments.workdir, arguments.step)
+    rows = [(name, figures["before"][name], figures["after"][name]) for name in figures["before"]]
+    table(rows, ("", "running statistics", "refreshed"), file=sys.stdout)
+
+
+def _parity(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    config, _ = parse_config(rest)
+    from vmapbn_flax.console import table
+    from vmapbn_flax.parity import parity
+
+    rows = parity(config)
+    cells = [(*row, "yes" if row.within else "NO") for row in rows]
+    header = ("vmapped against batched", "largest difference", "in ulps", "relative", "tolerance", "within")
+    table(cells, header, file=sys.stdout)
+    return 0 if all(row.within for row in rows) else 1
+
+
+def _plot(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
+    _refuse(rest)
+    from vmapbn_flax.plot import plot_runs
+
+    plot_runs(arguments.workdirs, arguments.output)
+    print(arguments.output)
+
+
+def _refuse(rest: list[str]) -> None:
+    if rest:
+        raise UsageError(f"got the unknown argument {rest[0]!r}, expected those that --help lists")

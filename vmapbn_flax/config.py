@@ -1,0 +1,163 @@
+"""Checks of a whole config before any data loads, and of a changed one before a run resumes."""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vmapbn_flax.errors import RunError, UsageError
+
+_NORMS = ("vmap", "batched", "none")
+_OPTIMIZERS = ("adam", "adamw", "sgd")
+_SCHEDULES = ("cosine", "constant")
+
+# What a resumed run may say differently: how often it reports, where its data lies, and a later end.
+_MAY_CHANGE = (
+    "data.dir",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batch_size",
+    "train.max_skipped_steps",
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field that does not need the data.
+
+    Raises:
+      UsageError: a value is out of range, or two do not go together.
+    """
+    model, optimizer, train = config.model, config.optimizer, config.train
+    norm = model.norm != "none"
+    checks = [
+        ("seed", 0 <= config.seed < 2**32, "an integer in [0, 2**32)"),
+        ("data.name", bool(config.data.name), "the name of a data set, such as mnist"),
+        ("data.validation_size", config.data.validation_size >= 0, "a number of examples, 0 for none"),
+        ("model.norm", model.norm in _NORMS, f"one of {', '.join(_NORMS)}"),
+        (
+            "model.hidden",
+            len(model.hidden) > 0 and all(isinstance(width, int) and width >= 1 for width in model.hidden),
+            "at least one width, each an integer of 1 or more, such as (100, 100)",
+        ),
+        ("model.batch_norm_momentum", 0 <= model.batch_norm_momentum < 1, "a decay in [0, 1)"),
+        (
+            "model.batch_norm_epsilon",
+            0 < model.batch_norm_epsilon < math.inf,
+            "a positive number, such as 1e-5",
+        ),
+        (
+            "model.ghost_batch_size",
+            model.ghost_batch_size == 0
+            or (norm and model.ghost_batch_size >= 2 and train.batch_size % model.ghost_batch_size == 0),
+            f"0, or with a norm a divisor of train.batch_size={train.batch_size} of 2 or more",
+        ),
+        ("optimizer.name", optimizer.name in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
+        (
+            "optimizer.learning_rate",
+            0 < optimizer.learning_rate < math.inf,
+            "a positive number, such as 1e-3",
+        ),
+        ("optimizer.schedule", optimizer.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
+        (
+            "optimizer.warmup_epochs",
+            0 <= optimizer.warmup_epochs <= train.num_epochs,
+            f"between 0 and train.num_epochs={train.num_epochs}",
+        ),
+        ("optimizer.weight_decay", 0 <= optimizer.weight_decay < math.inf, "0 or a positive number"),
+        ("optimizer.adam_b1", 0 <= optimizer.adam_b1 < 1, "a decay in [0, 1)"),
+        ("optimizer.adam_b2", 0 <= optimizer.adam_b2 < 1, "a decay in [0, 1)"),
+        ("optimizer.sgd_momentum", 0 <= optimizer.sgd_momentum < 1, "a decay in [0, 1)"),
+        (
+            "train.batch_size",
+            train.batch_size >= (2 if norm else 1),
+            "2 or more examples, for batch norm to have a variance" if norm else "1 or more examples",
+        ),
+        ("train.num_epochs", 0 < train.num_epochs < math.inf, "a positive number; it may be a fraction"),
+        ("train.label_smoothing", 0 <= train.label_smoothing < 1, "a probability in [0, 1)"),
+        ("train.log_every", train.log_every >= 1, "1 or more steps"),
+        ("train.eval_every", 0 < train.eval_every < math.inf, "a positive number of epochs"),
+        ("train.eval_batch_size", train.eval_batch_size >= 1, "1 or more examples"),
+        ("train.max_skipped_steps", train.max_skipped_steps >= 1, "1 or more steps"),
+    ]
+    for name, valid, expected in checks:
+        if not valid:
+            raise UsageError(
+                f"config.{name}: got {_get(config, name)!r}, expected {expected}. Change it with --config.{name}=..."
+            )
+
+
+def validate_sizes(config: ConfigDict, num_train: int) -> None:
+    """Checks the fields that depend on the number of training examples.
+
+    Raises:
+      UsageError: a batch is larger than the training set, or training would take no step.
+    """
+    if config.train.batch_size > num_train:
+        raise UsageError(
+            f"config.train.batch_size: got {config.train.batch_size}, expected at most the {num_train} training "
+            f"examples of {config.data.name}. Change it with --config.train.batch_size=..."
+        )
+    steps_per_epoch = num_train // config.train.batch_size
+    if round(config.train.num_epochs * steps_per_epoch) < 1:
+        raise UsageError(
+            f"config.train.num_epochs: got {config.train.num_epochs}, expected at least one step, "
+            f"{1 / steps_per_epoch:.3g} epochs here. Change it with --config.train.num_epochs=..."
+        )
+
+
+def resume_changes(old: dict, config: ConfigDict) -> list[str]:
+    """How `config` differs from the one a run was made with, `old`, a line each.
+
+    Raises:
+      RunError: it differs in something that a run cannot change on the way.
+    """
+    before, now = flat(ConfigDict(old)), flat(config)
+    changes = {
+        name: f"config.{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    }
+    refused = [change for name, change in changes.items() if not _may_change(name, before, now)]
+    if refused:
+        raise RunError(
+            f"got a config that differs from the one this run was made with ({'; '.join(refused)}); expected "
+            f"the same but for a longer train.num_epochs and cadences. Use the old values, or another --workdir."
+        )
+    return list(changes.values())
+
+
+def _may_change(name: str, before: dict, now: dict) -> bool:
+    if name == "train.num_epochs":
+        return now[name] > before[name]
+    return name in _MAY_CHANGE
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Every field by its dotted name."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            fields |= {f"{name}.{inner}": leaf for inner, leaf in flat(value).items()}
+        else:
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return fields
+
+
+def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
+    """`config` with every value that the JSON `saved`, read from `source`, holds.
+
+    Raises:
+      RunError: `saved` has a field that `config` lacks, or one of another type.
+    """
+    try:
+        config.update(saved)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{source}: got a config that does not fit ({reason}); expected one a run wrote.") from None
+    return config
+
+
+def _get(config: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config

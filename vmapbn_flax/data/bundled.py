@@ -1,0 +1,81 @@
+"""MNIST as it was published: four gzipped IDX files, which come with the package."""
+
+import gzip
+import hashlib
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vmapbn_flax.data.arrays import Dataset, Split
+from vmapbn_flax.errors import UsageError
+
+_BUNDLED = Path(__file__).parent / "mnist"
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def load(data_dir: str = "") -> Dataset:
+    """MNIST from the package, or from the same four files in `data_dir`. Its arrays are read-only.
+
+    Raises:
+      UsageError: a file is missing, unreadable, or not the original.
+    """
+    return read_mnist(Path(data_dir).expanduser() if data_dir else _BUNDLED)
+
+
+def read_mnist(directory: Path, sums: Path = _BUNDLED / "SHA256") -> Dataset:
+    """MNIST from the four files in `directory`, whose contents must have the SHA-256 listed in `sums`."""
+    expected = _read_sums(sums)
+
+    def read(file: str) -> np.ndarray:
+        return _read_idx(directory / f"{file}.gz", expected[file])
+
+    # Threads help: zlib and hashlib let go of the interpreter.
+    with ThreadPoolExecutor(len(_FILES)) as pool:
+        train_images, train_labels, test_images, test_labels = pool.map(read, _FILES)
+    return Dataset(
+        name="mnist",
+        num_classes=10,
+        train=Split(train_images, train_labels.astype(np.int32)),
+        test=Split(test_images, test_labels.astype(np.int32)),
+    )
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+        sums = {file: sum_ for sum_, file in map(str.split, lines)}
+    except (OSError, ValueError) as error:
+        raise UsageError(_unusable(path, error)) from error
+    if missing := set(_FILES) - set(sums):
+        raise UsageError(_unusable(path, f"no sum of {min(missing)}"))
+    return sums
+
+
+def _read_idx(path: Path, expected: str) -> np.ndarray:
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(_unusable(path, error)) from error
+    if (got := hashlib.sha256(content).hexdigest()) != expected:
+        raise UsageError(_unusable(path, f"contents of SHA-256 {got}, not {expected}"))
+    # IDX: two zero bytes, the type (8: uint8), the number of axes, their lengths, the values.
+    num_axes = content[3]
+    shape = np.frombuffer(content, ">u4", num_axes, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+
+
+def _unusable(path: Path, got: object) -> str:
+    reason = getattr(got, "strerror", None) or got
+    if path.parent == _BUNDLED:
+        return f"{path}: got {reason}; expected a file of the bundled MNIST. Install vmapbn-flax again."
+    return (
+        f"{path}: got {reason}; expected an original file of MNIST. "
+        f"Put it there, or leave data.dir empty for the bundled one."
+    )

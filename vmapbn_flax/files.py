@@ -1,0 +1,128 @@
+"""The one place that writes files: whole or not at all, append-only and cut back, and locked."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vmapbn_flax.errors import RunError
+
+REFRESHED = "refresh.json"  # marks a workdir as holding refreshed statistics, not a run
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes `content` to `path`, or leaves what was there: a reader never sees a part of it."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_whole` of indented JSON."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises:
+      RunError: there is none, or it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path}: got no such file; expected the workdir of a run to have one.") from None
+    except ValueError as error:
+        raise RunError(f"{path}: got damaged JSON ({error}); expected what a run wrote there.") from None
+
+
+class AppendLog:
+    """JSON objects, one a line, in an append-only file that can be cut back to an earlier moment."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = None
+
+    def cut_back(self, keep: Callable[[dict], bool]) -> list[dict]:
+        """Drops the rows that `keep` refuses and a last line torn by a kill; returns the rest.
+
+        Raises:
+          RunError: a line before the last is damaged.
+        """
+        lines = read_lines(self._path)
+        kept = [(line, row) for line, row in lines if keep(row)]
+        content = b"".join(line for line, _ in kept)
+        if not self._path.exists() or content != self._path.read_bytes():
+            write_whole(self._path, content)
+        return [row for _, row in kept]
+
+    def append(self, row: dict) -> None:
+        if self._file is None:
+            self._file = self._path.open("ab", buffering=0)
+        self._file.write(json.dumps(row).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Returns once the rows are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_lines(path: Path) -> list[tuple[bytes, dict]]:
+    """The lines of a log with the rows they spell, without a torn last one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not (isinstance(row, dict) and isinstance(row.get("step"), int) and line.endswith(b"\n")):
+                raise ValueError("no object with an integer step")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise RunError(
+                f"{path}, line {number}: got a damaged row ({error}); expected one JSON object a line. "
+                f"Remove that line, or start afresh in another --workdir."
+            ) from None
+        rows.append((line, row))
+    return rows
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for this process; the operating system lets go of it if the process is killed.
+
+    Raises:
+      RunError: another process holds it.
+    """
+    path = workdir / ".lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RunError(
+                f"{workdir}: got a workdir in use by {holder}; expected one that no other process writes. "
+                f"Wait for it or stop it, or choose another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

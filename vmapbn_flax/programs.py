@@ -1,0 +1,102 @@
+"""The compiled programs of a run, with the data they work on, on the device."""
+
+import time
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+from vmapbn_flax import steps
+from vmapbn_flax.config import validate_sizes
+from vmapbn_flax.data import Dataset, Split
+from vmapbn_flax.metrics import compute
+from vmapbn_flax.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
+
+
+class Programs:
+    """Creates, advances and evaluates the state of a run of `config` on `dataset`.
+
+    Each program is compiled when it is first called; `compile_seconds` says how long that took in all.
+
+    Raises:
+      UsageError: the config does not fit the data.
+    """
+
+    def __init__(self, config: ConfigDict, dataset: Dataset):
+        validate_sizes(config, len(dataset.train))
+        self.steps_per_epoch = len(dataset.train) // config.train.batch_size
+        self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
+        self.hyper = make_hyperparameters(config, self.steps_per_epoch)
+        self.compile_seconds = 0.0
+        self._data = {"train": _on_device(dataset.train)}
+        if dataset.validation is not None:
+            self._data["validation"] = _on_device(dataset.validation)
+        self._data["test"] = _on_device(dataset.test)
+        self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
+
+        num_classes, num_features = dataset.num_classes, self._data["train"][0].shape[1]
+        self._create = partial(create_state, config, num_classes, num_features)
+        self._permute = partial(steps.epoch_permutation, size=len(dataset.train))
+        self._train_steps = steps.make_train_steps(config, num_classes)
+        self._gradients = steps.make_gradients(config, num_classes)
+        self._evaluate = steps.make_evaluate(config, num_classes)
+        self._population = steps.make_population_statistics(config, num_classes)
+        self._learning_rate = partial(learning_rate, config.optimizer)
+        self._compiled = {}
+        self._epoch_order = (-1, None)
+
+    def template(self) -> TrainState:
+        """The shapes and types of the state."""
+        return jax.eval_shape(self._create, self.hyper)
+
+    def create(self) -> TrainState:
+        """The state before the first step."""
+        return self._call("create", self._create, self.hyper)
+
+    def advance(self, state: TrainState, step: int, count: int) -> TrainState:
+        """`count` steps from `step`, the step of `state`, on, within one epoch; `state` is used up."""
+        position = self._position(step)
+        return self._call("train", self._train_steps, state, self.hyper, *position, np.int32(count), donate=0)
+
+    def gradients(self, state: TrainState, step: int) -> tuple[Array, PyTree]:
+        """The logits of the batch that `step` trains on, `(batch, classes)`, and the loss's gradients."""
+        return self._call("gradients", self._gradients, state, self.hyper, *self._position(step))
+
+    def _position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
+        """The training set, its order in the epoch that `step` is in, and the number of the batch there."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        if self._epoch_order[0] != epoch:
+            self._epoch_order = (epoch, self._call("permute", self._permute, self.hyper, np.int32(epoch)))
+        return (*self._data["train"], self._epoch_order[1], np.int32(first))
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss, accuracy and number of examples of the validation split, if there is one, and the test split."""
+        figures = {}
+        for name, arrays in self._data.items():
+            if name != "train":
+                metrics = self._call(name, self._evaluate, state.params, state.batch_stats, self.hyper, *arrays)
+                figures |= {f"{name}_{key}": value for key, value in compute(metrics).items()}
+                figures[f"{name}_count"] = int(metrics.loss.count)
+        return figures
+
+    def population_statistics(self, state: TrainState) -> PyTree:
+        """The `batch_stats` of all the training examples taken as one batch."""
+        images, _ = self._data["train"]
+        return self._call("population", self._population, state.params, state.batch_stats, self.hyper, images)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the update that leads from `step` to `step + 1`."""
+        return float(self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step)))
+
+    def _call(self, name, function, *arguments, donate=()):
+        if name not in self._compiled:
+            started = time.monotonic()
+            self._compiled[name] = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+            self.compile_seconds += time.monotonic() - started
+        return self._compiled[name](*arguments)
+
+
+def _on_device(split: Split) -> tuple[Array, Array]:
+    return jax.device_put((split.images.reshape(len(split), -1), split.labels))

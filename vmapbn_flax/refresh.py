@@ -1,0 +1,42 @@
+"""`python -m vmapbn_flax refresh`: running statistics recomputed exactly, over the whole training set."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from vmapbn_flax.checkpoint import Checkpoints
+from vmapbn_flax.data import load_dataset
+from vmapbn_flax.errors import UsageError
+from vmapbn_flax.evaluate import load_config, load_state
+from vmapbn_flax.files import REFRESHED, write_json
+from vmapbn_flax.programs import Programs
+
+
+def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float]]:
+    """Recomputes the statistics of a checkpoint at its weights, and evaluates before and after.
+
+    Each layer's mean and variance become those of all its inputs over the training set, pooled: what one
+    training-mode pass over the whole set as a single batch computes, which has to fit in memory. The
+    result is a workdir of its own, `<workdir>/refreshed/`, which `evaluate` takes and `train` refuses.
+
+    Raises:
+      RunError: `workdir` has no such checkpoint, or it is damaged.
+      UsageError: the run has no batch norm.
+    """
+    config = load_config(workdir)
+    if config.model.norm == "none":
+        raise UsageError(f"{workdir}: got a run without batch norm, expected one that has statistics to refresh")
+    programs = Programs(config, load_dataset(config.data.name, config.data.dir, config.data.validation_size))
+    state = load_state(workdir, step, programs)
+    refreshed = state.replace(batch_stats=programs.population_statistics(state))
+    figures = {"before": programs.evaluate(state), "after": programs.evaluate(refreshed)}
+
+    output = workdir / "refreshed"
+    if output.exists():
+        shutil.rmtree(output)
+    output.mkdir()
+    write_json(output / "config.json", config.to_dict())
+    with contextlib.closing(Checkpoints(output / "checkpoints")) as checkpoints:
+        checkpoints.save(int(state.step), refreshed, config.to_dict(), figures["after"][programs.selection])
+    write_json(output / REFRESHED, {"step": int(state.step), **figures})
+    return figures

@@ -1,0 +1,210 @@
+"""A training step, many of them, and an evaluation: pure functions of arrays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from vmapbn_flax.metrics import EvalMetrics, TrainMetrics
+from vmapbn_flax.state import (
+    Hyperparameters,
+    TrainState,
+    learning_rate,
+    make_network,
+    make_optimizer,
+    named_key,
+)
+
+
+class Batch(NamedTuple):
+    """Examples as they lie in memory; `mask` is for padded batches."""
+
+    images: UInt8[Array, "batch features"]
+    labels: Int[Array, " batch"]
+    mask: Bool[Array, " batch"] | None = None
+
+
+TrainStep = Callable[[TrainState, Hyperparameters, Batch], tuple[TrainState, TrainMetrics]]
+
+
+def to_inputs(images: UInt8[Array, "batch features"]) -> Float[Array, "batch features"]:
+    """Pixels from 0 to 255 as floats from 0 to 1."""
+    return images.astype(jnp.float32) / 255
+
+
+def epoch_permutation(hyper: Hyperparameters, epoch: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
+    """The order of the training examples in `epoch`."""
+    return jax.random.permutation(named_key(hyper.seed, "shuffle", epoch), size)
+
+
+def take_batch(
+    images: UInt8[Array, "examples features"],
+    labels: Int[Array, " examples"],
+    permutation: Int[Array, " examples"],
+    number: Int[Array, ""],
+    size: int,
+) -> Batch:
+    """The `number`-th batch of an epoch in the order of `permutation`."""
+    rows = lax.dynamic_slice_in_dim(permutation, number * size, size)
+    return Batch(images[rows], labels[rows])
+
+
+def make_loss(config: ConfigDict, num_classes: int) -> Callable:
+    """`loss(params, batch_stats, hyper, batch) -> (loss, (logits, losses, batch_stats))` in training."""
+    ghost_size = config.model.ghost_batch_size
+
+    def loss(params: Any, batch_stats: Any, hyper: Hyperparameters, batch: Batch) -> tuple[Array, tuple]:
+        network = make_network(config.model, num_classes, hyper, ghost=bool(ghost_size))
+
+        def grouped(x: Array | None) -> Array | None:
+            return x.reshape(-1, ghost_size, *x.shape[1:]) if ghost_size and x is not None else x
+
+        logits, updates = network.apply(
+            {"params": params, "batch_stats": batch_stats},
+            grouped(to_inputs(batch.images)),
+            train=True,
+            mask=grouped(batch.mask),
+            mutable=["batch_stats"],
+        )
+        logits = logits.reshape(-1, num_classes)  # (group, ghost, classes) -> (batch, classes)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, num_classes), hyper.label_smoothing)
+        losses = optax.softmax_cross_entropy(logits, targets)
+        if batch.mask is None:
+            total = jnp.mean(losses)
+        else:
+            total = jnp.sum(jnp.where(batch.mask, losses, 0)) / jnp.sum(batch.mask)
+        return total, (logits, losses, updates.get("batch_stats", {}))
+
+    return loss
+
+
+def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
+    """The step that is mapped over members, sharded over devices and looped over batches.
+
+    Where the loss or a gradient is not finite, parameters, optimizer and statistics stay as they were,
+    and the step is counted as skipped. After `train.max_skipped_steps` of those in a row nothing moves
+    any more, the step itself included.
+    """
+    loss = make_loss(config, num_classes)
+
+    def train_step(state: TrainState, hyper: Hyperparameters, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, (logits, losses, batch_stats)), grads = gradient(state.params, state.batch_stats, hyper, batch)
+        rate = learning_rate(config.optimizer, hyper, state.step)
+        optimizer = make_optimizer(config.optimizer, hyper, rate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = TrainMetrics.single_from_model_output(
+            loss=losses, logits=logits, labels=batch.labels, mask=batch.mask
+        )
+
+        frozen = state.skipped_in_a_row >= config.train.max_skipped_steps
+        finite = jnp.isfinite(value) & jnp.all(jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]))
+        moved = state.replace(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            metrics=state.metrics.merge(metrics),
+        )
+        state = jax.tree.map(lambda new, old: jnp.where(finite & ~frozen, new, old), moved, state)
+        state = state.replace(
+            step=state.step + ~frozen,
+            skipped_steps=state.skipped_steps + (~finite & ~frozen),
+            skipped_in_a_row=jnp.where(frozen, state.skipped_in_a_row, (state.skipped_in_a_row + 1) * ~finite),
+        )
+        return state, metrics
+
+    return train_step
+
+
+def make_train_steps(config: ConfigDict, num_classes: int) -> Callable[..., TrainState]:
+    """`train_steps(state, hyper, images, labels, permutation, first, num_steps) -> state`.
+
+    `num_steps` steps of one epoch from its batch `first` on, over the training set on the device. Both
+    are traced, so that one program serves every length, and the result does not depend on how an epoch
+    is cut.
+    """
+    train_step = make_train_step(config, num_classes)
+    size = config.train.batch_size
+
+    def train_steps(
+        state: TrainState,
+        hyper: Hyperparameters,
+        images: UInt8[Array, "examples features"],
+        labels: Int[Array, " examples"],
+        permutation: Int[Array, " examples"],
+        first: Int[Array, ""],
+        num_steps: Int[Array, ""],
+    ) -> TrainState:
+        def body(i: Array, state: TrainState) -> TrainState:
+            return train_step(state, hyper, take_batch(images, labels, permutation, first + i, size))[0]
+
+        return lax.fori_loop(0, num_steps, body, state)
+
+    return train_steps
+
+
+def make_gradients(config: ConfigDict, num_classes: int) -> Callable[..., tuple[Array, Any]]:
+    """`gradients(state, hyper, images, labels, permutation, number) -> (logits, gradients)` of one batch."""
+    loss = make_loss(config, num_classes)
+
+    def gradients(
+        state: TrainState, hyper: Hyperparameters, images: Array, labels: Array, permutation: Array, number: Array
+    ) -> tuple[Array, Any]:
+        batch = take_batch(images, labels, permutation, number, config.train.batch_size)
+        grads, (logits, _, _) = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, hyper, batch)
+        return logits, grads
+
+    return gradients
+
+
+def make_evaluate(config: ConfigDict, num_classes: int) -> Callable[..., EvalMetrics]:
+    """`evaluate(params, batch_stats, hyper, images, labels) -> EvalMetrics`, each example counted once."""
+    size = config.train.eval_batch_size
+
+    def evaluate(
+        params: Any,
+        batch_stats: Any,
+        hyper: Hyperparameters,
+        images: UInt8[Array, "examples features"],
+        labels: Int[Array, " examples"],
+    ) -> EvalMetrics:
+        network = make_network(config.model, num_classes, hyper)
+        variables = {"params": params, "batch_stats": batch_stats}
+        count = len(labels)
+
+        def body(i: Array, metrics: EvalMetrics) -> EvalMetrics:
+            rows = i * size + jnp.arange(size)
+            mask = rows < count
+            rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
+            logits = network.apply(variables, to_inputs(images[rows]), train=False)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+            return metrics.merge(
+                EvalMetrics.single_from_model_output(loss=losses, logits=logits, labels=labels[rows], mask=mask)
+            )
+
+        return lax.fori_loop(0, -(-count // size), body, EvalMetrics.empty())
+
+    return evaluate
+
+
+def make_population_statistics(config: ConfigDict, num_classes: int) -> Callable[..., Any]:
+    """`statistics(params, batch_stats, hyper, images) -> batch_stats` of all the images as one batch.
+
+    A training-mode pass with momentum 0 leaves exactly that: each layer's pooled mean and variance, given
+    that the layers before it are normalised by theirs.
+    """
+
+    def statistics(
+        params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "examples features"]
+    ) -> Any:
+        network = make_network(config.model, num_classes, hyper.replace(batch_norm_momentum=0.0))
+        variables = {"params": params, "batch_stats": batch_stats}
+        _, updates = network.apply(variables, to_inputs(images), train=True, mutable=["batch_stats"])
+        return updates["batch_stats"]
+
+    return statistics
