@@ -43,7 +43,7 @@ def load(name: str, data_dir: str = "") -> Dataset:
     command = f"pip install -e '.[tensorflow]' && {shlex.join(build)}"
 
     directory = _find(name, root, command)
-    identity = _identity(directory)
+    identity = _identity(directory, command)
     cache = _cache_path(directory)
     dataset = _read_cache(cache, name, identity)
     if dataset is None:
@@ -113,7 +113,7 @@ def _decode(name: str, directory: Path, command: str) -> Dataset:
     except Exception as error:  # whatever the libraries below make of a damaged file
         raise UsageError(
             f"{directory}: got {type(error).__name__} when reading ({_first_line(error)}); expected a "
-            f"complete data set. Prepare it again: {command} --overwrite"
+            f"complete data set. If a file is damaged, remove that directory and prepare it again: {command}"
         ) from error
     for split, (_, labels) in zip(_SPLITS, splits, strict=True):
         if labels.min() < 0 or labels.max() >= num_classes:
@@ -130,7 +130,7 @@ def _require_image_classification(builder: Any, directory: Path, command: str, t
     if wanted_format not in info.available_file_formats():
         raise UsageError(
             f"{directory}: got files in the format {info.file_format.value}; expected {wanted_format.value}. "
-            f"Prepare it again: {command} --overwrite"
+            f"Remove that directory, or choose another data.dir, and prepare it there: {command}"
         )
     features = dict(info.features.items())
     image, label = features.get("image"), features.get("label")
@@ -141,7 +141,7 @@ def _require_image_classification(builder: Any, directory: Path, command: str, t
         and isinstance(label, tfds.features.ClassLabel)
         and label.num_classes
     ):
-        got = ", ".join(f"{key}: {_describe(feature)}" for key, feature in features.items())
+        got = ", ".join(f"{key}: {_describe(feature)}" for key, feature in sorted(features.items()))
         raise UsageError(
             f"{directory}: got features {got}; expected image: Image of one known size in uint8, and label: "
             f"ClassLabel with a number of classes. Choose an image classification set of that kind."
@@ -181,9 +181,15 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")[:200]
 
 
-def _identity(directory: Path) -> str:
+def _identity(directory: Path, command: str) -> str:
     """A digest that changes whenever the prepared files do."""
-    stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.iterdir())
+    try:
+        stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename}: got {error.strerror}; expected a readable file of a prepared data set. "
+            f"Make it readable, or remove {directory} and prepare it again: {command}"
+        ) from error
     return hashlib.sha256(repr((_CACHE_FORMAT, stats)).encode()).hexdigest()
 
 

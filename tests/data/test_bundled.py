@@ -1,0 +1,117 @@
+import gzip
+import hashlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from vmapbn_flax.data import bundled, load_dataset
+from vmapbn_flax.errors import UsageError
+
+FILES = sorted(bundled._BUNDLED.glob("*.gz"))
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return load_dataset("mnist")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A directory with the four files, to damage one of."""
+    for file in FILES:
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def test_every_published_example(mnist):
+    assert (mnist.name, mnist.num_classes, mnist.validation) == ("mnist", 10, None)
+    for split, histogram, first, pixels in (
+        (mnist.train, [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], [5, 0, 4, 1, 9], 0.1307),
+        (mnist.test, [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009], [7, 2, 1, 0, 4], 0.1325),
+    ):
+        assert len(split) == sum(histogram)
+        assert split.images.shape == (len(split), 28, 28)
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
+        assert np.bincount(split.labels).tolist() == histogram
+        assert split.labels[:5].tolist() == first
+        assert split.images.mean() / 255 == pytest.approx(pixels, abs=5e-5)
+
+
+def test_pixels_are_where_the_file_has_them(mnist):
+    test = mnist.test
+    content = gzip.decompress((bundled._BUNDLED / "t10k-images-idx3-ubyte.gz").read_bytes())
+    example, row, column = 1234, 14, 13
+    assert test.images[example, row, column] == content[16 + (example * 28 + row) * 28 + column] > 0
+    assert content[16:] == test.images.tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 59_999])
+def test_validation_is_the_end_of_train(mnist, size):
+    parted = load_dataset("mnist", validation_size=size)
+    assert (len(parted.train), len(parted.validation), len(parted.test)) == (60_000 - size, size, 10_000)
+    for field in ("images", "labels"):
+        parts = [getattr(parted.train, field), getattr(parted.validation, field)]
+        np.testing.assert_array_equal(np.concatenate(parts), getattr(mnist.train, field))
+        np.testing.assert_array_equal(getattr(parted.test, field), getattr(mnist.test, field))
+
+
+@pytest.mark.parametrize("size", [-1, 60_000])
+def test_impossible_validation_size(size):
+    with pytest.raises(UsageError, match=rf"validation_size: got {size}; expected 0 to 59999.*Choose"):
+        load_dataset("mnist", validation_size=size)
+
+
+def test_own_copy_of_the_files(mnist, copy):
+    own = load_dataset("mnist", str(copy))
+    np.testing.assert_array_equal(own.train.images, mnist.train.images)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def replace_by_directory(file):
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGE = {
+    "missing": lambda file: file.unlink(),
+    "directory": replace_by_directory,
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    "flipped": flip,
+    "not_gzip": lambda file: file.write_bytes(gzip.decompress(file.read_bytes())),
+    "appended": lambda file: file.write_bytes(file.read_bytes() + b"more"),
+    "other_contents": lambda file: file.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x01\x07")),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "damage"), [*((0, damage) for damage in DAMAGE), *((number, "flipped") for number in (1, 2, 3))]
+)
+def test_damage_is_one_line_naming_the_file(copy, number, damage):
+    file = copy / FILES[number].name
+    DAMAGE[damage](file)
+    with pytest.raises(UsageError, match=rf"^{re.escape(str(file))}: got .+; expected .+\. Put") as error:
+        load_dataset("mnist", str(copy))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "flipped", "garbled"])
+def test_damaged_sums(tmp_path, damage):
+    sums = tmp_path / "SHA256"
+    shutil.copy(bundled._BUNDLED / "SHA256", sums)
+    DAMAGE.get(damage, lambda file: file.write_bytes(b"\xff\n"))(sums)
+    with pytest.raises(UsageError, match=r"^\S+: got .+ Install|^\S+: got .+ Put"):
+        bundled.read_mnist(bundled._BUNDLED, sums)
+
+
+def test_sums_are_those_of_the_contents():
+    listed = bundled._read_sums(bundled._BUNDLED / "SHA256")
+    found = {file.stem: hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest() for file in FILES}
+    assert listed == found
