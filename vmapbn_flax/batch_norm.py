@@ -71,7 +71,10 @@ def batch_moments(
     else:
         # Neither y nor var changes when every x is shifted alike, so the first mean is a constant to
         # differentiation (of any order), and the backward pass is one reduction shorter.
-        mean = lax.stop_gradient(mean)
+        # A compiler may fuse mean = sum * (1 / n) with x - mean in one use of d and not in another, and so
+        # centre them by different roundings of the mean; it cannot fuse through a rounding to one bit less.
+        precision = jnp.finfo(x.dtype)
+        mean = lax.reduce_precision(lax.stop_gradient(mean), precision.nexp, precision.nmant - 1)
     d = jnp.where(present, x - mean, 0) if present is not True else x - mean
     if not use_fast_variance:
         c, var = (sum_ / divisor for sum_ in total(weights * d, weights * d * d))

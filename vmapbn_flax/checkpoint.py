@@ -1,9 +1,12 @@
 """Checkpoints: orbax saves and restores them, a digest tells whether what came back is what was saved."""
 
+import contextlib
 import hashlib
+import json
 import logging
-import math
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,81 +14,114 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
+from vmapbn_flax.console import say
 from vmapbn_flax.errors import RunError
 
 State = TypeVar("State")
 Arrays = Mapping[str, np.ndarray]
 
-# Dozens of lines a save otherwise, through absl's logger, which is the root's.
-logging.getLogger("absl").addFilter(
-    lambda record: record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
-)
+_PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of what orbax is still writing, and of what is being deleted
+
+# Dozens of lines a save otherwise, and tracebacks of errors that are raised as well, through absl's
+# logger, which is the root's.
+logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
 
 
 class Checkpoints:
     """The checkpoints of one run, `<directory>/<step>/`: the latest two and the best.
 
-    Saving runs in the background: `close`, on every way out, waits for it.
+    Saving runs in the background: `close`, on every way out, waits for it. orbax's own manager is not
+    used: it cannot open a directory in which any step's metrics are damaged, and a kill while it deletes
+    a step leaves half of one behind.
+
+    Raises:
+      RunError: a save failed, here or on a later call.
     """
 
     def __init__(self, directory: Path):
-        self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_metric,
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [
-                        checkpoint_managers.LatestN(2),
-                        checkpoint_managers.BestN(get_metric_fn=_metric, n=1),
-                    ]
-                ),
-                cleanup_tmp_directories=True,
-            ),
-        )
+        self._directory = directory.absolute()
+        self._keep: set[int] | None = None
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        with self._failures():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for partial in self._directory.glob(f"*{_PARTIAL}*"):
+                shutil.rmtree(partial)
+
+    def save(self, step: int, state: Any, config: dict, best_step: int | None = None, rows: int = 0) -> None:
+        """Saves `state` under `step` unless it is there.
+
+        Args:
+          step: of `state`.
+          state: a tree of arrays.
+          config: of the run, as JSON has it.
+          best_step: its checkpoint is kept beside the latest two.
+          rows: how many rows `metrics.jsonl` has.
+        """
+        saved = self.steps()
+        if step not in saved:
+            arrays = _to_arrays(state)
+            meta = {"step": step, "config": config, "rows": rows, "versions": versions()}
+            meta["digest"] = digest(arrays, meta)
+            with self._failures():
+                self._checkpointer.save(
+                    self._directory / str(step),
+                    args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
+                )
+        self._keep = {*sorted({*saved, step})[-2:], best_step}
 
     def wait(self) -> None:
-        """Returns once what was saved is on the disk."""
-        self._manager.wait_until_finished()
+        """Returns once what was saved is on the disk, and deletes what that makes superfluous."""
+        with self._failures():
+            self._checkpointer.wait_until_finished()
+            for step in saved_steps(self._directory):
+                if self._keep is not None and step not in self._keep:
+                    partial = self._directory / f"{step}{_PARTIAL}"
+                    (self._directory / str(step)).rename(partial)  # whole or gone, whenever a kill arrives
+                    shutil.rmtree(partial)
 
     def close(self) -> None:
         """Waits, and lets go of the directory."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """The steps that are saved, in ascending order."""
+        self.wait()
+        return saved_steps(self._directory)
 
     def latest(self) -> Path | None:
         """The newest checkpoint."""
-        self.wait()
-        steps = saved_steps(self._directory)
+        steps = self.steps()
         return self._directory / str(steps[-1]) if steps else None
 
-    def save(self, step: int, state: Any, config: dict, metric: float | None) -> None:
-        """Saves `state` under `step` unless it is there; `metric` (higher is better) decides which is best."""
-        if step in self._manager.all_steps():
-            return
-        arrays = _to_arrays(state)
-        meta = {"step": step, "config": config, "digest": digest(arrays), "versions": versions()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
-            # JSON has no NaN, and nothing that is not finite may rank first.
-            metrics={"metric": metric if metric is not None and math.isfinite(metric) else -math.inf},
-        )
-
-
-def _metric(metrics: Mapping[str, float]) -> float:
-    return metrics["metric"]
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        # A full disk raises whatever the layer that trips over it raises.
+        except Exception as error:
+            self._keep = None
+            steps = saved_steps(self._directory)
+            raise RunError(
+                f"{self._directory}: got a checkpoint that could not be saved ({_reason(error)}); expected room "
+                f"and permission to write. The last good one is of step {steps[-1] if steps else 'none'}; with "
+                f"that put right, the same command resumes."
+            ) from error
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic and file formats a run depends on."""
-    return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+    return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")}
 
 
-def digest(arrays: Arrays) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
+def digest(arrays: Arrays, meta: Mapping[str, Any]) -> str:
+    """SHA-256 over `meta` without its digest, and the names, types, shapes and bytes of `arrays`."""
     sha = hashlib.sha256()
+    said = {key: value for key, value in meta.items() if key != "digest"}
+    sha.update(json.dumps(said, sort_keys=True).encode() + b"\n")
     for name, array in sorted(arrays.items()):
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
         sha.update(np.ascontiguousarray(array).data)
@@ -94,9 +130,8 @@ def digest(arrays: Arrays) -> str:
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps that `directory` has something for, good or damaged, in ascending order."""
-    if not directory.exists():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.is_dir() and path.name.isdecimal())
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name))
 
 
 def restore(directory: Path, step: int, template: State) -> State:
@@ -107,62 +142,65 @@ def restore(directory: Path, step: int, template: State) -> State:
     """
     path = directory / str(step)
     try:
-        arrays = _read(path)
+        arrays, _ = _read(path)
     except DamagedError as error:
-        raise RunError(str(error)) from None
+        raise RunError(f"{error} Choose another --step; training on falls back to the newest good one.") from None
     return _from_arrays(arrays, template, path)
 
 
-def restore_latest(directory: Path, template: State) -> State | None:
-    """The newest good state, in the structure of `template`; None where there is no checkpoint at all.
+def restore_latest(directory: Path, template: State) -> tuple[State, dict[str, Any]] | None:
+    """The newest good state, in the structure of `template`, and what was saved with it.
 
-    Damaged ones are kept aside, under `<directory>/damaged/`, with a warning for each.
+    None where there is no checkpoint at all. Every one is read, and the damaged are kept aside, under
+    `<directory>/damaged/`, with a warning for each.
 
     Raises:
-      RunError: every checkpoint is damaged (nothing is moved then), or the newest good one is of
-        another model.
+      RunError: every checkpoint is damaged, or the newest good one is of another model; nothing is moved.
     """
-    good, damaged = {}, {}
+    newest, damaged = None, {}
     for step in reversed(saved_steps(directory)):
+        path = directory / str(step)
         try:
-            good[step] = _read(directory / str(step))
+            arrays, meta = _read(path)
+            newest = newest or (_from_arrays(arrays, template, path), meta)
         except DamagedError as error:
             damaged[step] = error
-    if not good and damaged:
+    if newest is None and damaged:
         raise RunError(
             f"{directory}: got no checkpoint that is whole, the newest because of: {damaged[max(damaged)]} "
             f"Expected one. Restore {directory} from a copy, or start afresh in another --workdir."
         )
     for step, error in damaged.items():
-        aside = directory / "damaged" / str(step)
-        logging.warning("%s It is kept as %s.", error, aside)
+        aside = _unused(directory / "damaged" / str(step))
+        say(f"warning: {error} It is kept as {aside}.")
         aside.parent.mkdir(exist_ok=True)
-        (directory / str(step)).rename(_unused(aside))
-    if not good:
-        return None
-    newest = max(good)
-    return _from_arrays(good[newest], template, directory / str(newest))
+        (directory / str(step)).rename(aside)
+    return newest
 
 
 class DamagedError(Exception):
     """A checkpoint that is not what was saved."""
 
 
-def _read(path: Path) -> Arrays:
+def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         saved = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
             path.absolute(),
             args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
         )
-        arrays = {name: np.asarray(array) for name, array in saved["state"].items()}
-        expected = saved["meta"]["digest"]
+        arrays, meta = {name: np.asarray(array) for name, array in saved["state"].items()}, saved["meta"]
+        if meta["digest"] != digest(arrays, meta):
+            raise ValueError("its digest is not that of what was saved")
+        if str(meta["step"]) != path.name:
+            raise ValueError(f"it was saved as step {meta['step']}")
     # Damage raises whatever the layer that trips over it raises, `Exception` itself included.
     except Exception as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise DamagedError(f"{path}: got a damaged checkpoint ({type(error).__name__}: {reason}).") from error
-    if digest(arrays) != expected:
-        raise DamagedError(f"{path}: got a damaged checkpoint (its digest is not that of what was saved).")
-    return arrays
+        raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
+    return arrays, meta
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def _unused(path: Path) -> Path:

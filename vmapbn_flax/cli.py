@@ -1,12 +1,16 @@
 """The command line: `python train.py ...` and `python -m vmapbn_flax <command> ...`."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
+
+from vmapbn_flax import signals
 from vmapbn_flax.errors import Interrupted, UsageError, UserError
 from vmapbn_flax.flags import parse_config
 
@@ -15,21 +19,45 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     """Runs one command and returns its exit status; what goes wrong is one line on standard error."""
     started = time.monotonic() if started is None else started
     try:
-        arguments, rest = _parser().parse_known_args(argv)
-        return arguments.run(arguments, rest, started) or 0
+        with signals.raised():
+            arguments, rest = _parser().parse_known_args(argv)
+            return arguments.run(arguments, rest, started) or 0
     except UserError as error:
         return _report(str(error), error.exit_status)
     except Interrupted as stop:
         return _report(str(stop), stop.exit_status)
-    except KeyboardInterrupt:
-        return _report("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _report("stopped; the same command starts again", 128 + (stop.args or (signal.SIGINT,))[0])
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return _report(f"got out of memory ({error}); expected batches, train.eval_batch_size's too, to fit", 1)
+        raise
     except OSError as error:
-        return _report(f"{error.filename or 'the operating system'}: got {error.strerror or error}", 1)
+        where = error.filename or "the operating system"
+        return _report(f"{where}: got {error.strerror or error}; expected to read or write there", 1)
 
 
 def _report(message: str, status: int) -> int:
     print("error:" if status in (1, 2) else "note:", " ".join(message.split()), file=sys.stderr)
     return status
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("got an empty path")
+    return Path(text)
+
+
+_CONFIG_HELP = """\
+  --config=FILE         the config: configs/vmap_bn.py, configs/batched_bn.py, configs/no_bn.py, a file of your own
+  --config=configs/saved.py:DIRECTORY
+                        the config that the run in DIRECTORY was made with, to continue it
+  --config.FIELD=VALUE  changes a field; configs/default.py says what there is
+
+examples:
+  python train.py --config=configs/vmap_bn.py
+  python train.py --config=configs/vmap_bn.py --config.optimizer.learning_rate=3e-3 --workdir=runs/slower
+  python train.py --config=configs/saved.py:runs/slower --config.train.num_epochs=40"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,18 +69,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m vmapbn_flax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    command = commands.add_parser("train", help="train or resume one run", allow_abbrev=False)
-    command.add_argument("--workdir", type=Path, help="where the run lives; default: runs/<config name>")
+    command = commands.add_parser(
+        "train",
+        help="train or resume one run",
+        description="Trains the run that a config describes. The same command resumes one that was stopped.",
+        usage="python train.py --config=FILE [--config.FIELD=VALUE ...] [--workdir=DIRECTORY]",
+        epilog=_CONFIG_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("--workdir", type=_path, help="where the run lives; default: runs/<config name>")
     command.set_defaults(run=_train)
 
     command = commands.add_parser("evaluate", help="evaluate a checkpoint", allow_abbrev=False)
-    command.add_argument("workdir", type=Path)
+    command.add_argument("workdir", type=_path)
     command.add_argument("--step", type=int, help="default: the newest checkpoint")
     command.add_argument("--norm", choices=("vmap", "batched"), help="default: as the run was trained")
     command.set_defaults(run=_evaluate)
 
     command = commands.add_parser("refresh", help="recompute running statistics exactly", allow_abbrev=False)
-    command.add_argument("workdir", type=Path)
+    command.add_argument("workdir", type=_path)
     command.add_argument("--step", type=int, help="default: the newest checkpoint")
     command.set_defaults(run=_refresh)
 
@@ -60,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_parity)
 
     command = commands.add_parser("plot", help="lay runs over one another in a picture", allow_abbrev=False)
-    command.add_argument("workdirs", type=Path, nargs="+", metavar="workdir")
-    command.add_argument("-o", "--output", type=Path, required=True, help="the picture, a .png, .pdf or .svg")
+    command.add_argument("workdirs", type=_path, nargs="+", metavar="workdir")
+    command.add_argument("-o", "--output", type=_path, required=True, help="the picture, a .png, .pdf or .svg")
     command.set_defaults(run=_plot)
     return parser
 

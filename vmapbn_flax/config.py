@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import RunError, UsageError
@@ -25,11 +26,28 @@ def validate(config: ConfigDict) -> None:
     """Checks every field that does not need the data.
 
     Raises:
-      UsageError: a value is out of range, or two do not go together.
+      UsageError: a value is out of range, two do not go together, or a field is missing.
     """
+    try:
+        checks = _checks(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"config: got one with a field that is missing or of another type ({error}); expected every field of "
+            f"configs/default.py. Start from default.get_config() and change what differs."
+        ) from None
+    for name, valid, expected in checks:
+        if not valid:
+            raise UsageError(
+                f"config.{name}: got {_get(config, name)!r}, expected {expected}. Change it with --config.{name}=..."
+            )
+
+
+def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
+    """Names of fields, whether they are valid, and what would be."""
     model, optimizer, train = config.model, config.optimizer, config.train
     norm = model.norm != "none"
-    checks = [
+    return [
+        ("train.num_epochs", 0 < train.num_epochs < math.inf, "a positive number; it may be a fraction"),
         ("seed", 0 <= config.seed < 2**32, "an integer in [0, 2**32)"),
         ("data.name", bool(config.data.name), "the name of a data set, such as mnist"),
         ("data.validation_size", config.data.validation_size >= 0, "a number of examples, 0 for none"),
@@ -39,10 +57,10 @@ def validate(config: ConfigDict) -> None:
             len(model.hidden) > 0 and all(isinstance(width, int) and width >= 1 for width in model.hidden),
             "at least one width, each an integer of 1 or more, such as (100, 100)",
         ),
-        ("model.batch_norm_momentum", 0 <= model.batch_norm_momentum < 1, "a decay in [0, 1)"),
+        ("model.batch_norm_momentum", 0 <= _single(model.batch_norm_momentum) < 1, "a decay in [0, 1)"),
         (
             "model.batch_norm_epsilon",
-            0 < model.batch_norm_epsilon < math.inf,
+            0 < _single(model.batch_norm_epsilon) < math.inf,
             "a positive number, such as 1e-5",
         ),
         (
@@ -54,7 +72,7 @@ def validate(config: ConfigDict) -> None:
         ("optimizer.name", optimizer.name in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
         (
             "optimizer.learning_rate",
-            0 < optimizer.learning_rate < math.inf,
+            0 < _single(optimizer.learning_rate) < math.inf,
             "a positive number, such as 1e-3",
         ),
         ("optimizer.schedule", optimizer.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
@@ -63,27 +81,21 @@ def validate(config: ConfigDict) -> None:
             0 <= optimizer.warmup_epochs <= train.num_epochs,
             f"between 0 and train.num_epochs={train.num_epochs}",
         ),
-        ("optimizer.weight_decay", 0 <= optimizer.weight_decay < math.inf, "0 or a positive number"),
-        ("optimizer.adam_b1", 0 <= optimizer.adam_b1 < 1, "a decay in [0, 1)"),
-        ("optimizer.adam_b2", 0 <= optimizer.adam_b2 < 1, "a decay in [0, 1)"),
-        ("optimizer.sgd_momentum", 0 <= optimizer.sgd_momentum < 1, "a decay in [0, 1)"),
+        ("optimizer.weight_decay", 0 <= _single(optimizer.weight_decay) < math.inf, "0 or a positive number"),
+        ("optimizer.adam_b1", 0 <= _single(optimizer.adam_b1) < 1, "a decay in [0, 1)"),
+        ("optimizer.adam_b2", 0 <= _single(optimizer.adam_b2) < 1, "a decay in [0, 1)"),
+        ("optimizer.sgd_momentum", 0 <= _single(optimizer.sgd_momentum) < 1, "a decay in [0, 1)"),
         (
             "train.batch_size",
             train.batch_size >= (2 if norm else 1),
             "2 or more examples, for batch norm to have a variance" if norm else "1 or more examples",
         ),
-        ("train.num_epochs", 0 < train.num_epochs < math.inf, "a positive number; it may be a fraction"),
-        ("train.label_smoothing", 0 <= train.label_smoothing < 1, "a probability in [0, 1)"),
+        ("train.label_smoothing", 0 <= _single(train.label_smoothing) < 1, "a probability in [0, 1)"),
         ("train.log_every", train.log_every >= 1, "1 or more steps"),
         ("train.eval_every", 0 < train.eval_every < math.inf, "a positive number of epochs"),
-        ("train.eval_batch_size", train.eval_batch_size >= 1, "1 or more examples"),
-        ("train.max_skipped_steps", train.max_skipped_steps >= 1, "1 or more steps"),
+        ("train.eval_batch_size", 1 <= train.eval_batch_size < 2**31, "1 or more examples"),
+        ("train.max_skipped_steps", 1 <= train.max_skipped_steps < 2**31, "1 or more steps"),
     ]
-    for name, valid, expected in checks:
-        if not valid:
-            raise UsageError(
-                f"config.{name}: got {_get(config, name)!r}, expected {expected}. Change it with --config.{name}=..."
-            )
 
 
 def validate_sizes(config: ConfigDict, num_train: int) -> None:
@@ -98,10 +110,10 @@ def validate_sizes(config: ConfigDict, num_train: int) -> None:
             f"examples of {config.data.name}. Change it with --config.train.batch_size=..."
         )
     steps_per_epoch = num_train // config.train.batch_size
-    if round(config.train.num_epochs * steps_per_epoch) < 1:
+    if not 0.5 < config.train.num_epochs * steps_per_epoch < 2**31 - 1:
         raise UsageError(
             f"config.train.num_epochs: got {config.train.num_epochs}, expected at least one step, "
-            f"{1 / steps_per_epoch:.3g} epochs here. Change it with --config.train.num_epochs=..."
+            f"{1 / steps_per_epoch:.3g} epochs here, and fewer than 2**31. Change it with --config.train.num_epochs=..."
         )
 
 
@@ -111,13 +123,19 @@ def resume_changes(old: dict, config: ConfigDict) -> list[str]:
     Raises:
       RunError: it differs in something that a run cannot change on the way.
     """
-    before, now = flat(ConfigDict(old)), flat(config)
-    changes = {
-        name: f"config.{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    }
-    refused = [change for name, change in changes.items() if not _may_change(name, before, now)]
+    try:
+        before, now = flat(ConfigDict(old)), flat(config)
+        changes = {
+            name: f"config.{name}: {before.get(name)!r} -> {now.get(name)!r}"
+            for name in dict.fromkeys([*before, *now])
+            if before.get(name) != now.get(name)
+        }
+        refused = [change for name, change in changes.items() if not _may_change(name, before, now)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"got what is not a config where the run keeps its own ({error}); expected what the run wrote there. "
+            f"Put it back from a copy, or start afresh in another --workdir."
+        ) from None
     if refused:
         raise RunError(
             f"got a config that differs from the one this run was made with ({'; '.join(refused)}); expected "
@@ -128,7 +146,7 @@ def resume_changes(old: dict, config: ConfigDict) -> list[str]:
 
 def _may_change(name: str, before: dict, now: dict) -> bool:
     if name == "train.num_epochs":
-        return now[name] > before[name]
+        return now[name] > before.get(name, math.inf)
     return name in _MAY_CHANGE
 
 
@@ -150,11 +168,20 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
       RunError: `saved` has a field that `config` lacks, or one of another type.
     """
     try:
+        config.lock()  # against fields that it lacks
         config.update(saved)
+        if None in flat(config).values():
+            raise ValueError("a field is null")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{source}: got a config that does not fit ({reason}); expected one a run wrote.") from None
     return config
+
+
+def _single(number: float) -> float:
+    """`number` as training sees it, rounded to a float32."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(number))
 
 
 def _get(config: ConfigDict, name: str) -> Any:

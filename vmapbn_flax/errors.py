@@ -17,6 +17,14 @@ class RunError(UserError):
     """The workdir, a checkpoint, the disk, or training itself."""
 
 
+def unwritable(path: object, error: OSError) -> RunError:
+    """What to raise for an `error` when writing to `path`."""
+    return RunError(
+        f"{path}: got {error.strerror or error}; expected room and permission to write there. "
+        f"With that put right, the same command continues; or choose another --workdir."
+    )
+
+
 class Interrupted(Exception):
     """Training stopped for a signal, after it saved."""
 

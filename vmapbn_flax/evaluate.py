@@ -13,7 +13,7 @@ from vmapbn_flax.programs import Programs
 from vmapbn_flax.state import TrainState
 
 
-def evaluate(workdir: Path, step: int | None = None, norm: str | None = None) -> dict[str, float]:
+def evaluate(workdir: Path, step: int | None = None, norm: str | None = None) -> dict[str, float | int]:
     """Evaluates the checkpoint of `step`, by default the newest, on the validation and test splits.
 
     Args:

@@ -1,6 +1,7 @@
 """The one place that writes files: whole or not at all, append-only and cut back, and locked."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vmapbn_flax.errors import RunError
+from vmapbn_flax.errors import RunError, unwritable
 
 REFRESHED = "refresh.json"  # marks a workdir as holding refreshed statistics, not a run
 
@@ -24,8 +25,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
         raise
 
 
@@ -34,18 +38,24 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in `path`.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
 
     Raises:
       RunError: there is none, or it is damaged.
     """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{path}: got no such file; expected the workdir of a run to have one.") from None
-    except ValueError as error:
-        raise RunError(f"{path}: got damaged JSON ({error}); expected what a run wrote there.") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+        return content
+    except OSError as error:
+        raise RunError(f"{path}: got {error.strerror}; expected the workdir of a run, which has this file.") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path}: got damaged JSON ({error}); expected what a run wrote there. Put it back from a copy, or "
+            f"start afresh in another --workdir."
+        ) from None
 
 
 class AppendLog:
@@ -69,9 +79,14 @@ class AppendLog:
         return [row for _, row in kept]
 
     def append(self, row: dict) -> None:
-        if self._file is None:
-            self._file = self._path.open("ab", buffering=0)
-        self._file.write(json.dumps(row).encode() + b"\n")
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what writing the rest would have said
+        except OSError as error:
+            raise unwritable(self._path, error) from error
 
     def flush(self) -> None:
         """Returns once the rows are on the disk."""
@@ -93,7 +108,9 @@ def read_lines(path: Path) -> list[tuple[bytes, dict]]:
             row = json.loads(line)
             if not (isinstance(row, dict) and isinstance(row.get("step"), int) and line.endswith(b"\n")):
                 raise ValueError("no object with an integer step")
-        except ValueError as error:
+            if not all(value is None or isinstance(value, int | float) for value in row.values()):
+                raise ValueError("a value that is neither a number nor null")
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise RunError(
@@ -106,15 +123,22 @@ def read_lines(path: Path) -> list[tuple[bytes, dict]]:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for this process; the operating system lets go of it if the process is killed.
+    """Holds `workdir`, made if need be, for this process; if it is killed the operating system lets go.
 
     Raises:
-      RunError: another process holds it.
+      RunError: another process holds it, or it cannot be written to.
     """
-    path = workdir / ".lock"
-    with path.open("a+") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+", errors="replace")
+    except OSError as error:
+        raise unwritable(workdir, error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -122,7 +146,6 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
                 f"{workdir}: got a workdir in use by {holder}; expected one that no other process writes. "
                 f"Wait for it or stop it, or choose another --workdir."
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        except OSError as error:
+            raise unwritable(workdir, error) from error
         yield

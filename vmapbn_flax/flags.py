@@ -24,6 +24,7 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     try:
         stray = values(argv)[1:]
         config, source = values["config"].value, values["config"].config_filename
+        getattr(config, "lock", None)  # which is where a file that could not be read says so
     except UserError:
         raise
     # Whatever the config file's own code raises arrives here as well.
@@ -31,21 +32,27 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
         raise UsageError(_explain(error)) from error
     if stray:
         raise UsageError(f"got the stray argument {stray[0]!r}, expected only flags, such as --config.seed=1")
-    if config is None:
-        raise UsageError("got no --config, expected a config file, such as --config=configs/vmap_bn.py")
+    if not isinstance(config, ConfigDict):
+        raise UsageError(
+            f"{source}: got a {type(config).__name__} from its get_config(), expected a ConfigDict. "
+            f"Return the config there, as configs/vmap_bn.py does."
+        )
     config.lock()
     path, _, workdir = source.partition(":")
     return config, Path(workdir) if workdir else Path("runs") / Path(path).stem
 
 
 def _explain(error: Exception) -> str:
-    """The one line of an error from absl, ml_collections or a config file that says what is wrong.
-
-    Theirs may quote a whole traceback, its newlines spelled out; the reason comes last.
-    """
+    """The one line of an error from absl, ml_collections or a config file that says what is wrong."""
     if isinstance(error, config_flags.config_flags.UnparsedFlagError):
         return "got no --config, expected a config file, such as --config=configs/vmap_bn.py"
-    lines = [line.strip(" '\"\\") for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
-    first, last = lines[0].removesuffix(":"), lines[-1]
-    reason = last if isinstance(error, OSError) or first == last else f"{first}: {last}"
-    return f"got a command line that cannot be used ({reason}), expected flags of fields in configs/default.py"
+    text = str(error)
+    if isinstance(error, KeyError | AttributeError):  # a field that is not there, quoted once or twice
+        lines = [line.strip(" '\"\\") for line in text.replace("\\n", "\n").splitlines()]
+        return f"got an unknown field ({': '.join(lines)}), expected one of those in configs/default.py"
+    # Theirs may quote a whole traceback; the reason comes last.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, OSError):
+        return f"got a config file that cannot be read ({lines[-1]}), expected one, such as --config=configs/vmap_bn.py"
+    reason = lines[0] if len(lines) == 1 else f"{lines[0].removesuffix(':')}: {lines[-1]}"
+    return f"got a command line or config file that cannot be used ({reason}), expected fields of configs/default.py"

@@ -1,11 +1,9 @@
 """The training loop: the one module that sees everything, from config and data to files and signals."""
 
 import contextlib
-import os
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,12 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vmapbn_flax import console
+from vmapbn_flax import console, signals
 from vmapbn_flax.checkpoint import Checkpoints, restore_latest, versions
 from vmapbn_flax.config import flat, resume_changes, validate
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import REFRESHED, read_json, workdir_lock, write_json
+from vmapbn_flax.files import REFRESHED, read_json, read_lines, workdir_lock, write_json
 from vmapbn_flax.metrics import MetricWriter, TrainMetrics, compute
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.state import steps_in
@@ -44,49 +42,58 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
     validate(config)
     if (workdir / REFRESHED).exists():
         raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead")
-    workdir.mkdir(parents=True, exist_ok=True)
+    dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
+    programs = Programs(config, dataset)  # the last to find fault with the config: nothing is written before
     with workdir_lock(workdir):
-        for change in _adopt_config(config, workdir):
-            console.say(f"resuming with {change}")
-        if (workdir / "summary.json").exists():
-            summary = read_json(workdir / "summary.json")
+        saved = workdir / "config.json"
+        changes = resume_changes(read_json(saved), config) if saved.exists() else None
+        if summary := _finished(workdir, changes):
             console.say(f"{workdir}: finished at step {summary['step']}; a larger train.num_epochs continues it")
             return summary
-        dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
-        with contextlib.closing(Run(config, workdir, dataset, started)) as run:
-            run.to_end()
+        with signals.deferred() as received, contextlib.closing(Run(config, workdir, programs, started)) as run:
+            run.say_start(dataset, changes)
+            run.to_end(received)
             return run.finish()
 
 
-def _adopt_config(config: ConfigDict, workdir: Path) -> list[str]:
-    """Makes `config` that of the run in `workdir`, if it may be; returns what changes, a line each."""
-    path, changes = workdir / "config.json", []
-    if path.exists():
-        changes = resume_changes(read_json(path), config)
-    if any("train.num_epochs" in change for change in changes):
-        (workdir / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished
-    if changes or not path.exists():
-        write_json(path, config.to_dict())
-    return changes
+def _finished(workdir: Path, changes: Sequence[str] | None) -> dict[str, Any] | None:
+    """The summary of the run in `workdir`, if there is one that `changes` of its config leave valid."""
+    path = workdir / "summary.json"
+    if changes is None or not path.exists() or any("train.num_epochs" in change for change in changes):
+        return None
+    summary = read_json(path)
+    if not isinstance(summary.get("step"), int):
+        raise RunError(f"{path}: got no step in it, expected what a finished run wrote there. Remove it and run again.")
+    return summary
 
 
 class Run:
-    """One run, from its newest checkpoint to its end."""
+    """One run, from its newest checkpoint to its end.
 
-    def __init__(self, config: ConfigDict, workdir: Path, dataset: Dataset, started: float):
-        self._config, self._workdir, self._started = config, workdir, started
+    Raises:
+      RunError: the checkpoints in `workdir` are damaged or of another run.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, programs: Programs, started: float):
+        self._config, self._workdir, self._programs, self._started = config, workdir, programs, started
         self._seconds: dict[str, float] = defaultdict(float)
-        self._programs = Programs(config, dataset)
-        self._eval_steps = max(1, steps_in(config.train.eval_every, self._programs.steps_per_epoch))
+        self._eval_steps = max(1, steps_in(config.train.eval_every, programs.steps_per_epoch))
 
-        restored = restore_latest(workdir / "checkpoints", self._programs.template())
-        self._state = self._programs.create() if restored is None else jax.device_put(restored)
+        restored = restore_latest(workdir / "checkpoints", programs.template())
+        if restored is not None:
+            _require_fit(workdir, restored[1], config)
+        self._state = programs.create() if restored is None else jax.device_put(restored[0])
         self._step = int(self._state.step)
         self._writer = MetricWriter(workdir, self._step)
         self._checkpoints = Checkpoints(workdir / "checkpoints")
-        self._say_start(dataset)
 
-    def _say_start(self, dataset: Dataset) -> None:
+    def say_start(self, dataset: Dataset, changes: Sequence[str] | None) -> None:
+        """Says what starts, and makes the config that of the workdir: `changes` to the one there, if any."""
+        for change in changes or []:
+            console.say(f"resuming with {change}")
+        if changes != []:
+            (self._workdir / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished
+            write_json(self._workdir / "config.json", self._config.to_dict())
         count = parameter_overview.count_parameters(self._state.params)
         where = f"resuming at step {self._step}" if self._step else "starting"
         console.say(
@@ -97,11 +104,13 @@ class Run:
 
     def close(self) -> None:
         """Waits for the save in flight; every way out leads here."""
-        self._checkpoints.close()
-        self._writer.close()
+        try:
+            self._checkpoints.close()
+        finally:
+            self._writer.close()
 
-    def to_end(self) -> None:
-        """Steps, rows, evaluations and checkpoints up to the last step.
+    def to_end(self, received: Sequence[int]) -> None:
+        """Steps, rows, evaluations and checkpoints up to the last step, or until a signal is `received`.
 
         Raises:
           RunError: training diverged, or the first step left a running statistic where it was.
@@ -110,15 +119,15 @@ class Run:
         programs, total = self._programs, self._programs.total_steps
         self._seconds["startup"] = time.monotonic() - self._started - programs.compile_seconds
         most_steps = 1  # at first, for a look at what a step does to the statistics
-        with _signals() as received, console.Progress(self._step, total) as progress:
+        with console.Progress(self._step, total) as progress:
             while True:
                 if self._evaluation_due():
                     progress.evaluated(self._step, self._evaluate_and_save())
-                if self._step == total:
-                    return
                 if received:
                     self._save()
                     raise Interrupted(received[0], self._step)
+                if self._step == total:
+                    return
                 count = min(most_steps, self._next_stop() - self._step)
                 seconds = self._advance(count)
                 most_steps = max(1, min(8 * count, int(_WAKE_UP_SECONDS * count / seconds)))
@@ -172,21 +181,21 @@ class Run:
         with self._clock("evaluate"):
             figures = self._programs.evaluate(self._state)
         self._writer.write_scalars(self._step, figures)
-        self._save(figures[self._programs.selection])
+        self._save()
         return figures
 
-    def _save(self, metric: float | None = None) -> None:
+    def _save(self) -> None:
         with self._clock("checkpoint"):
             self._writer.flush()  # the rows of a checkpoint are on the disk before it is
-            self._checkpoints.save(self._step, self._state, self._config.to_dict(), metric)
+            best, rows = self._best_row(), len(self._writer.rows)
+            self._checkpoints.save(self._step, self._state, self._config.to_dict(), best and best["step"], rows)
 
     def finish(self) -> dict[str, Any]:
         """Writes the picture, TensorBoard's hparams and the summary; prints the summary and returns it."""
         from vmapbn_flax.plot import plot_runs
 
         with self._clock("checkpoint"):
-            self._checkpoints.wait()
-        best = self._best_row()
+            best = self._best_row()
         evaluation = {name: value for name, value in self._writer.rows[-1].items() if name != "step"}
         results = {"step": self._step, **evaluation}
         results |= {"best_step": best["step"], "best_metric": best[self._programs.selection]}
@@ -206,11 +215,14 @@ class Run:
         console.table([*results.items(), ("seconds", seconds["total"]), ("picture", picture)])
         return summary
 
-    def _best_row(self) -> dict[str, Any]:
-        """The evaluation that selection prefers, the latest of equals; one that is not finite comes last."""
-        name = self._programs.selection
-        rows = [row for row in self._writer.rows if name in row]
-        return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]))
+    def _best_row(self) -> dict[str, Any] | None:
+        """The evaluation that selection prefers of those with a checkpoint, this step's own included.
+
+        The latest of equals; one that is not finite comes last.
+        """
+        name, saved = self._programs.selection, {self._step, *self._checkpoints.steps()}
+        rows = [row for row in self._writer.rows if name in row and row["step"] in saved]
+        return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]), default=None)
 
     @contextlib.contextmanager
     def _clock(self, name: str) -> Iterator["_Clock"]:
@@ -225,25 +237,16 @@ class _Clock:
     seconds = 0.0
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGTERM or SIGINT received in its block, to be acted on when there is something whole to save.
-
-    A second one ends the process at once.
-    """
-    received: list[int] = []
-
-    def receive(signum: int, frame: object) -> None:
-        if received:
-            os._exit(128 + signum)
-        received.append(signum)
-
-    previous = {signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+def _require_fit(workdir: Path, meta: Mapping[str, Any], config: ConfigDict) -> None:
+    """Refuses to continue from a checkpoint, saved with `meta`, of another run, or without its rows."""
+    resume_changes(meta["config"], config)
+    path = workdir / "metrics.jsonl"
+    count = sum(row["step"] <= meta["step"] for _, row in read_lines(path))
+    if count < meta["rows"]:
+        raise RunError(
+            f"{path}: got {count} rows up to step {meta['step']}, expected the {meta['rows']} that were there when "
+            f"its checkpoint was saved. Put the file back, or start afresh in another --workdir."
+        )
 
 
 def _require_moved(before: Any, after: Any) -> None:

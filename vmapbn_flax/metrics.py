@@ -1,6 +1,7 @@
 """What a run measures (`clu.metrics` collections) and the only code that writes it down."""
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,9 +47,11 @@ class MetricWriter:
 
         self._log = AppendLog(workdir / "metrics.jsonl")
         self.rows = self._log.cut_back(lambda row: row["step"] <= resume_step)
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None)
+        # tensorboardX names a file by the second, and overwrites the one that has the name.
+        suffix = f".{time.time_ns()}"
+        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1, filename_suffix=suffix)
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, float | int]) -> None:
         """Appends one row; what is not finite is null in `metrics.jsonl`."""
         row = {"step": step, **{key: _finite(value) for key, value in scalars.items()}}
         self.rows.append(row)
@@ -56,9 +59,12 @@ class MetricWriter:
         for key, value in scalars.items():
             self._events.add_scalar(key, value, step)
 
-    def write_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float]) -> None:
-        """Fills TensorBoard's hparams tab."""
-        self._events.add_hparams(dict(hparams), dict(results), name=".")
+    def write_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
+        """Fills TensorBoard's hparams tab; a result of None is NaN there."""
+        # TensorBoard has no lists, and tensorboardX leaves out what it has no type for.
+        hparams = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
+        results = {key: math.nan if value is None else value for key, value in results.items()}
+        self._events.add_hparams(hparams, results, name=".")
 
     def flush(self) -> None:
         self._log.flush()
@@ -69,5 +75,5 @@ class MetricWriter:
         self._events.close()
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | int) -> float | int | None:
     return value if math.isfinite(value) else None

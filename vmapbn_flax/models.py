@@ -89,7 +89,8 @@ class VmapBatch(nn.Module):
     `flax.linen.vmap` with the axis named and everything said that batch norm needs said: `params` and
     `batch_stats` exist once, not once per example (`variable_axes` None, the `out_axes=None` of
     `jax.vmap`), random streams but `params` differ between examples, and other collections gain the
-    batch axes. The variables are those of `module`, without a level of their own.
+    batch axes. The variables are those of `module`, without a level of their own; inside a larger network
+    it is `module` that takes the `name`.
 
     Attributes:
       module: takes `(x, *, train, mask)` for one example `x`.

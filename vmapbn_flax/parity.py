@@ -38,10 +38,11 @@ class Difference(NamedTuple):
 def compare(what: str, first: PyTree, second: PyTree, tolerance: float) -> Difference:
     """How far two trees of float32 arrays are apart at the most."""
     pairs = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
-    largest = np.float32(max(np.abs(array).max() for pair in pairs for array in pair))
-    apart = max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() for a, b in pairs)
-    if np.isnan(largest) or np.isnan(apart):
+    # numpy's max, for which NaN is the largest; to Python's it is whatever comes first.
+    largest = np.max([np.abs(array).max() for pair in pairs for array in pair]).astype(np.float32)
+    if not np.isfinite(largest):
         return Difference(what, np.nan, np.nan, np.nan, tolerance)
+    apart = np.max([np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() for a, b in pairs])
     relative = apart / largest if largest else 0.0
     return Difference(what, float(apart), float(apart / np.spacing(largest)), float(relative), tolerance)
 
@@ -61,8 +62,9 @@ def parity(config: ConfigDict) -> list[Difference]:
     dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
     programs = {}
     for norm in ("vmap", "batched"):
-        config.model.norm = norm
-        programs[norm] = Programs(ConfigDict(config), dataset)
+        variant = config.copy_and_resolve_references()  # a deep copy: programs read it when they are compiled
+        variant.model.norm = norm
+        programs[norm] = Programs(variant, dataset)
     vmap, batched = programs["vmap"], programs["batched"]
     count = min(_STEPS, vmap.steps_per_epoch, vmap.total_steps)
 

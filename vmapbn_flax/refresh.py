@@ -12,7 +12,7 @@ from vmapbn_flax.files import REFRESHED, write_json
 from vmapbn_flax.programs import Programs
 
 
-def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float]]:
+def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float | int]]:
     """Recomputes the statistics of a checkpoint at its weights, and evaluates before and after.
 
     Each layer's mean and variance become those of all its inputs over the training set, pooled: what one
@@ -35,8 +35,9 @@ def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float
     if output.exists():
         shutil.rmtree(output)
     output.mkdir()
+    # First: whatever ends this early, training must not take the rest for a run.
+    write_json(output / REFRESHED, {"step": int(state.step), **figures})
     write_json(output / "config.json", config.to_dict())
     with contextlib.closing(Checkpoints(output / "checkpoints")) as checkpoints:
-        checkpoints.save(int(state.step), refreshed, config.to_dict(), figures["after"][programs.selection])
-    write_json(output / REFRESHED, {"step": int(state.step), **figures})
+        checkpoints.save(int(state.step), refreshed, config.to_dict())
     return figures

@@ -1,6 +1,7 @@
 """What training carries from step to step, and how it starts: state, hyperparameters, optimizer."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +9,23 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Int, PyTree, UInt
+from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.batch_norm import BatchedBatchNorm, BatchNorm
 from vmapbn_flax.metrics import TrainMetrics
 from vmapbn_flax.models import MLP, BatchedMLP, VmapBatch
 
-Number = Float[Array, ""] | np.float32
-Count = Int[Array, ""] | np.int32
+# Scalar fields of a pytree: one number to a step, a stack of them around a vmap, and whatever else JAX
+# rebuilds the tree with. A field cannot be annotated as an array.
+Number = Any
+Count = Any
 
 
 class Hyperparameters(struct.PyTreeNode):
     """The numbers of a run that its compiled program takes as arguments."""
 
-    seed: UInt[Array, ""] | np.uint32
+    seed: Count
     batch_norm_momentum: Number
     batch_norm_epsilon: Number
     learning_rate: Number
@@ -38,13 +41,13 @@ class Hyperparameters(struct.PyTreeNode):
 class TrainState(struct.PyTreeNode):
     """All that a checkpoint has to hold; everything random is a function of (seed, step)."""
 
-    step: Int[Array, ""]
+    step: Count
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     metrics: TrainMetrics  # of the steps since the last training row
-    skipped_steps: Int[Array, ""]  # non-finite steps, since the start
-    skipped_in_a_row: Int[Array, ""]
+    skipped_steps: Count  # non-finite steps, since the start
+    skipped_in_a_row: Count
 
 
 def steps_in(epochs: float, steps_per_epoch: int) -> int:
@@ -67,12 +70,6 @@ def make_hyperparameters(config: ConfigDict, steps_per_epoch: int) -> Hyperparam
         warmup_steps=np.int32(steps_in(config.optimizer.warmup_epochs, steps_per_epoch)),
         total_steps=np.int32(steps_in(config.train.num_epochs, steps_per_epoch)),
     )
-
-
-def named_key(seed: UInt[Array, ""] | np.uint32, name: str, index: Int[Array, ""] | int = 0) -> Array:
-    """The random key for the `index`-th use of `name`, a function of its arguments alone."""
-    names = ("params", "shuffle")
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), names.index(name)), index)
 
 
 def make_network(model: ConfigDict, num_classes: int, hyper: Hyperparameters, *, ghost: bool = False) -> nn.Module:
@@ -126,7 +123,7 @@ def create_state(config: ConfigDict, num_classes: int, num_features: int, hyper:
     """The state before the first step; to be jitted, which takes a second less than running it as is."""
     network = make_network(config.model, num_classes, hyper)
     images = jnp.zeros((config.train.batch_size, num_features))
-    variables = network.init(named_key(hyper.seed, "params"), images, train=False)
+    variables = network.init(jax.random.key(hyper.seed), images, train=False)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

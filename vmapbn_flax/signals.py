@@ -1,0 +1,46 @@
+"""SIGTERM and SIGINT: an orderly end where there is something to save, a plain one elsewhere."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[list[int]]:
+    """Collects the signals that arrive in its block, to be acted on when there is something whole to save.
+
+    A second one ends the process at once.
+    """
+    received: list[int] = []
+
+    def receive(signum: int, frame: object) -> None:
+        if received:
+            os._exit(128 + signum)
+        received.append(signum)
+
+    with _handled(receive):
+        yield received
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Raises a KeyboardInterrupt, with the signal's number, where one arrives in its block."""
+
+    def receive(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    with _handled(receive):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(receive: Callable[[int, object], None]) -> Iterator[None]:
+    previous = {signum: signal.signal(signum, receive) for signum in _SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
