@@ -37,4 +37,18 @@ def get_config() -> ConfigDict:
     train.eval_every = 1.0  # epochs between evaluations; each ends in a checkpoint
     train.eval_batch_size = 1000  # examples; changes speed and memory only
     train.max_skipped_steps = 10  # non-finite steps in a row that end the run
+
+    config.mesh = mesh = ConfigDict()
+    mesh.member = 0  # devices that a sweep's members are laid over; 0: all of this machine
+    mesh.cpu_devices = 0  # that a CPU is divided into; 0: one a core for a sweep, otherwise one
+
+    # A tuple of values for each field to sweep, such as `config.sweep.optimizer.learning_rate = (1e-3, 1e-2)`.
+    config.sweep = ConfigDict({"data": {}, "model": {}, "optimizer": {}, "train": {}})
+
+    config.sweep_options = sweep_options = ConfigDict()
+    sweep_options.mode = "product"  # of all values; "zip": one of each in turn; "random": `size` draws
+    sweep_options.size = 16  # draws, from tuples of choices, ("uniform", low, high) or ("log_uniform", low, high)
+    sweep_options.seed = 0  # of the draws
+    sweep_options.chunk = 0  # members that train together at most; 0: as many as memory holds
+    sweep_options.on_failure = "continue"  # with the other groups of members, or "stop"
     return config

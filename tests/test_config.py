@@ -79,6 +79,13 @@ INVALID = [
     ("train.eval_every", NAN),
     ("train.eval_batch_size", 0),
     ("train.max_skipped_steps", 0),
+    ("mesh.member", -1),
+    ("mesh.cpu_devices", -1),
+    ("sweep_options.mode", "grid"),
+    ("sweep_options.size", 0),
+    ("sweep_options.seed", -1),
+    ("sweep_options.chunk", -1),
+    ("sweep_options.on_failure", "retry"),
 ]
 
 

@@ -11,9 +11,18 @@ from vmapbn_flax.errors import RunError, UsageError
 _NORMS = ("vmap", "batched", "none")
 _OPTIMIZERS = ("adam", "adamw", "sgd")
 _SCHEDULES = ("cosine", "constant")
+_SWEEP_MODES = ("product", "zip", "random")
+_ON_FAILURE = ("continue", "stop")
 
 # What a resumed run may say differently: how often it reports, where its data lies, and a later end.
 _MAY_CHANGE = (
+    "mesh.member",
+    "mesh.cpu_devices",
+    "sweep_options.mode",
+    "sweep_options.size",
+    "sweep_options.seed",
+    "sweep_options.chunk",
+    "sweep_options.on_failure",
     "data.dir",
     "train.log_every",
     "train.eval_every",
@@ -44,7 +53,7 @@ def validate(config: ConfigDict) -> None:
 
 def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
     """Names of fields, whether they are valid, and what would be."""
-    model, optimizer, train = config.model, config.optimizer, config.train
+    model, optimizer, train, sweep = config.model, config.optimizer, config.train, config.sweep_options
     norm = model.norm != "none"
     return [
         ("train.num_epochs", 0 < train.num_epochs < math.inf, "a positive number; it may be a fraction"),
@@ -95,6 +104,13 @@ def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
         ("train.eval_every", 0 < train.eval_every < math.inf, "a positive number of epochs"),
         ("train.eval_batch_size", 1 <= train.eval_batch_size < 2**31, "1 or more examples"),
         ("train.max_skipped_steps", 1 <= train.max_skipped_steps < 2**31, "1 or more steps"),
+        ("mesh.member", config.mesh.member >= 0, "a number of devices, 0 for all"),
+        ("mesh.cpu_devices", config.mesh.cpu_devices >= 0, "a number of devices, 0 for automatic"),
+        ("sweep_options.mode", sweep.mode in _SWEEP_MODES, f"one of {', '.join(_SWEEP_MODES)}"),
+        ("sweep_options.size", sweep.size >= 1, "1 or more draws"),
+        ("sweep_options.seed", sweep.seed >= 0, "an integer of 0 or more"),
+        ("sweep_options.chunk", sweep.chunk >= 0, "a number of members, 0 for automatic"),
+        ("sweep_options.on_failure", sweep.on_failure in _ON_FAILURE, f"one of {', '.join(_ON_FAILURE)}"),
     ]
 
 

@@ -159,12 +159,12 @@ class Run:
         figures = {f"train_{name}": value for name, value in compute(self._state.metrics).items()}
         if self._state.skipped_steps:
             figures["skipped_steps"] = int(self._state.skipped_steps)
-        rate = self._programs.learning_rate(self._step - 1)
+        rate = float(self._programs.learning_rate(self._step - 1))
         self._writer.write_scalars(self._step, {**figures, "learning_rate": rate})
         self._state = self._state.replace(metrics=TrainMetrics.empty())
 
     def _diverged(self) -> RunError:
-        rate = self._programs.learning_rate(self._step - 1)
+        rate = float(self._programs.learning_rate(self._step - 1))
         return RunError(
             f"{self._workdir}: got {self._config.train.max_skipped_steps} steps in a row whose loss or gradients "
             f"are not finite, up to step {self._step} at learning rate {rate:.3g}; expected finite ones. The last "

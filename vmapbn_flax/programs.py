@@ -1,7 +1,7 @@
 """The compiled programs of a run, with the data they work on, on the device."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax import steps
 from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.data import Dataset, Split
-from vmapbn_flax.metrics import compute
+from vmapbn_flax.metrics import EvalMetrics, compute
 from vmapbn_flax.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
 
 # Compiles the initialisation in a fifth of the time.
@@ -29,6 +29,9 @@ class Programs:
       UsageError: the config does not fit the data.
     """
 
+    # Where a state and the data lie: on the default device.
+    _sharding, _replicated = None, None
+
     def __init__(self, config: ConfigDict, dataset: Dataset):
         validate_sizes(config, len(dataset.train))
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
@@ -36,10 +39,10 @@ class Programs:
         self.hyper = make_hyperparameters(config, self.steps_per_epoch)
         self.compile_seconds = 0.0
         self._seed, self._num_train = config.seed, len(dataset.train)
-        self._data = {"train": _on_device(dataset.train)}
+        self._data = {"train": self._on_device(dataset.train)}
         if dataset.validation is not None:
-            self._data["validation"] = _on_device(dataset.validation)
-        self._data["test"] = _on_device(dataset.test)
+            self._data["validation"] = self._on_device(dataset.validation)
+        self._data["test"] = self._on_device(dataset.test)
         self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
 
         num_classes, num_features = dataset.num_classes, self._data["train"][0].shape[1]
@@ -73,28 +76,44 @@ class Programs:
         """The training set, its order in the epoch that `step` is in, and the number of the batch there."""
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
-            order = steps.epoch_permutation(self._seed, epoch, self._num_train)
-            self._epoch_order = (epoch, jax.device_put(order))
+            self._epoch_order = (epoch, jax.device_put(self._order(epoch), self._sharding))
         return (*self._data["train"], self._epoch_order[1], np.int32(first))
 
-    def evaluate(self, state: TrainState) -> dict[str, float | int]:
-        """Loss, accuracy and number of examples of the validation split, if there is one, and the test split."""
-        figures = {}
-        for name, arrays in self._data.items():
-            if name != "train":
-                metrics = self._call(name, self._evaluate, state.params, state.batch_stats, self.hyper, *arrays)
-                figures |= {f"{name}_{key}": value for key, value in compute(metrics).items()}
-                figures[f"{name}_count"] = int(metrics.loss.count)
-        return figures
+    def _order(self, epoch: int) -> np.ndarray:
+        return steps.epoch_permutation(self._seed, epoch, self._num_train)
+
+    def measure(self, state: TrainState) -> dict[str, EvalMetrics]:
+        """The metrics of `state` on the validation split, if there is one, and the test split."""
+        return {
+            name: self._call(name, self._evaluate, state.params, state.batch_stats, self.hyper, *arrays)
+            for name, arrays in self._data.items()
+            if name != "train"
+        }
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """`figures` of what `measure` finds."""
+        return figures(self.measure(state))
+
+    def place(self, state: PyTree) -> PyTree:
+        """Arrays of the host, such as a checkpoint has, as `advance` takes them."""
+        return jax.device_put(state)
+
+    def gather(self, state: PyTree) -> PyTree:
+        """What `place` takes to give `state` again."""
+        return state
+
+    def split(self, tree: PyTree) -> list[PyTree]:
+        """The part of each run, on the host: of this one run here, of each member in a group's programs."""
+        return [jax.device_get(tree)]
 
     def population_statistics(self, state: TrainState) -> PyTree:
         """The `batch_stats` of all the training examples taken as one batch."""
         images, _ = self._data["train"]
         return self._call("population", self._population, state.params, state.batch_stats, self.hyper, images)
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> Array:
         """The learning rate of the update that leads from `step` to `step + 1`."""
-        return float(self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True))
+        return self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True)
 
     def _call(
         self, name: str, function: Callable, *arguments: Any, donate: Sequence[int] = (), once: bool = False
@@ -102,11 +121,19 @@ class Programs:
         """Calls `function`, compiled under `name`; `once` spares the optimising of what hardly runs."""
         if name not in self._compiled:
             started = time.monotonic()
-            lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+            lowered = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding).lower(*arguments)
             self._compiled[name] = lowered.compile(_UNOPTIMISED if once and jax.default_backend() == "cpu" else None)
             self.compile_seconds += time.monotonic() - started
         return self._compiled[name](*arguments)
 
+    def _on_device(self, split: Split) -> tuple[Array, Array]:
+        return jax.device_put((split.images.reshape(len(split), -1), split.labels), self._replicated)
 
-def _on_device(split: Split) -> tuple[Array, Array]:
-    return jax.device_put((split.images.reshape(len(split), -1), split.labels))
+
+def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:
+    """Loss, accuracy and number of examples of each split."""
+    results = {}
+    for name, metrics in measured.items():
+        results |= {f"{name}_{key}": value for key, value in compute(metrics).items()}
+        results[f"{name}_count"] = int(metrics.loss.count)
+    return results

@@ -38,6 +38,22 @@ class Hyperparameters(struct.PyTreeNode):
     total_steps: Count
 
 
+# The fields of a config that `make_hyperparameters` reads and no program is compiled for: runs that differ
+# in nothing else train in one program. (It reads `train.num_epochs` too, but that many epochs are looped over.)
+TRACED_FIELDS = (
+    "seed",
+    "model.batch_norm_momentum",
+    "model.batch_norm_epsilon",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.adam_b1",
+    "optimizer.adam_b2",
+    "optimizer.sgd_momentum",
+    "optimizer.warmup_epochs",
+    "train.label_smoothing",
+)
+
+
 class TrainState(struct.PyTreeNode):
     """All that a checkpoint has to hold; everything random is a function of (seed, step)."""
 

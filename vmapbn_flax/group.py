@@ -1,0 +1,88 @@
+"""The programs of many runs at once: those of one run under one more `vmap`, over the members."""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from vmapbn_flax import mesh, steps
+from vmapbn_flax.data import Dataset
+from vmapbn_flax.programs import Programs
+from vmapbn_flax.state import TrainState, create_state, make_hyperparameters
+
+
+class GroupPrograms(Programs):
+    """`Programs` of runs that differ in traced fields alone, which are a leading axis of the state.
+
+    The members lie over the devices of a mesh, padded to a multiple of them with copies of the last; the
+    data lies on each. Steps are counted once for all: a member's own count stops where it is frozen.
+
+    Raises:
+      UsageError: a config does not fit the data.
+    """
+
+    def __init__(self, configs: Sequence[ConfigDict], dataset: Dataset, devices: Mesh):
+        self._devices = devices.size
+        self._sharding = NamedSharding(devices, PartitionSpec(mesh.MEMBER))
+        self._replicated = NamedSharding(devices, PartitionSpec())
+        super().__init__(configs[0], dataset)
+        self._create_one, self._create = self._create, jax.vmap(self._create)
+        self._train_steps = jax.vmap(self._train_steps, in_axes=(0, 0, None, None, 0, None, None))
+        self._evaluate = jax.vmap(self._evaluate, in_axes=(0, 0, 0, None, None))
+        self._learning_rate = jax.vmap(self._learning_rate, in_axes=(0, None))
+        self._set_members(configs)
+
+    def with_members(self, configs: Sequence[ConfigDict]) -> "GroupPrograms":
+        """The same programs, compiled already, for as many other members."""
+        other = copy.copy(self)
+        other.compile_seconds, other._epoch_order = 0.0, (-1, None)
+        other._set_members(configs)
+        return other
+
+    def _set_members(self, configs: Sequence[ConfigDict]) -> None:
+        self._count = len(configs)
+        padded = math.ceil(self._count / self._devices) * self._devices
+        self._rows = np.minimum(np.arange(padded), self._count - 1)
+        self._seeds = [config.seed for config in configs]
+        hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
+        self.hyper = self.place(jax.tree.map(lambda *numbers: np.stack(numbers), *hypers))
+
+    def template(self) -> TrainState:
+        one = jax.tree.map(lambda numbers: numbers[0], self.hyper)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((self._count, *leaf.shape), leaf.dtype),
+            jax.eval_shape(self._create_one, one),
+        )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.stack([steps.epoch_permutation(seed, epoch, self._num_train) for seed in self._seeds])[self._rows]
+
+    def place(self, state: PyTree) -> PyTree:
+        return jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], state), self._sharding)
+
+    def gather(self, state: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[: self._count], jax.device_get(state))
+
+    def split(self, tree: PyTree) -> list[PyTree]:
+        tree = jax.device_get(tree)
+        return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self._count)]  # noqa: B023
+
+
+def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
+    """An estimate of the memory that a member takes beside the data, which all of them share."""
+    num_features = dataset.train.images[0].size
+    state = jax.eval_shape(
+        lambda hyper: create_state(config, dataset.num_classes, num_features, hyper), make_hyperparameters(config, 1)
+    )
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    widths = (num_features, *config.model.hidden, dataset.num_classes)
+    # Each layer's value before and after its norm and activation, and their cotangents; the inputs once.
+    activations = 4 * (num_features + 6 * sum(widths[1:])) * max(config.train.batch_size, config.train.eval_batch_size)
+    return 2 * state_bytes + activations + 4 * len(dataset.train)
+
+
