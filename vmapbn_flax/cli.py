@@ -99,14 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("workdirs", type=_path, nargs="+", metavar="workdir")
     command.add_argument("-o", "--output", type=_path, required=True, help="the picture, a .png, .pdf or .svg")
     command.set_defaults(run=_plot)
+
+    command = commands.add_parser("report", help="rank the members of a sweep, and draw them", allow_abbrev=False)
+    command.add_argument("workdir", type=_path)
+    command.set_defaults(run=_report_sweep)
     return parser
 
 
-def _train(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
-    config, default_workdir = parse_config(rest)  # before the slow imports, so that a typo answers at once
+def _train(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    config, workdir = parse_config(rest)  # before the slow imports, so that a typo answers at once
+    workdir = arguments.workdir or workdir
+    from vmapbn_flax.config import is_sweep
+
+    if is_sweep(config):
+        from vmapbn_flax.sweep import train_sweep
+
+        return 1 if train_sweep(config, workdir).count("failed") else 0
     from vmapbn_flax.loop import train
 
-    train(config, arguments.workdir or default_workdir, started)
+    train(config, workdir, started)
+    return 0
 
 
 def _evaluate(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
@@ -145,6 +157,13 @@ def _plot(arguments: argparse.Namespace, rest: list[str], started: float) -> Non
 
     plot_runs(arguments.workdirs, arguments.output)
     print(arguments.output)
+
+
+def _report_sweep(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
+    _refuse(rest)
+    from vmapbn_flax.report import report
+
+    report(arguments.workdir, file=sys.stdout)
 
 
 def _refuse(rest: list[str]) -> None:

@@ -31,12 +31,22 @@ _MAY_CHANGE = (
 )
 
 
+def is_sweep(config: ConfigDict) -> bool:
+    """Whether `config` has values to sweep."""
+    return "sweep" in config and bool(flat(config.sweep))
+
+
 def validate(config: ConfigDict) -> None:
-    """Checks every field that does not need the data.
+    """Checks every field of a run's config that does not need the data.
 
     Raises:
-      UsageError: a value is out of range, two do not go together, or a field is missing.
+      UsageError: a value is out of range, two do not go together, a field is missing, or it is a sweep.
     """
+    if is_sweep(config):
+        raise UsageError(
+            f"config.sweep: got values of {', '.join(flat(config.sweep))}, expected none for a single run. Only "
+            f"python train.py takes sweeps; each member of one is a run in a workdir of its own."
+        )
     try:
         checks = _checks(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -185,6 +195,9 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
     """
     try:
         config.lock()  # against fields that it lacks
+        saved = dict(saved)
+        with config.sweep.unlocked():  # which has those that a sweep gives it
+            config.sweep.update(_tuples(saved.pop("sweep", {})))
         config.update(saved)
         if None in flat(config).values():
             raise ValueError("a field is null")
@@ -192,6 +205,13 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
         reason = " ".join(str(error).split())
         raise RunError(f"{source}: got a config that does not fit ({reason}); expected one a run wrote.") from None
     return config
+
+
+def _tuples(saved: Any) -> Any:
+    """What JSON made lists of, as the tuples that they were."""
+    if isinstance(saved, dict):
+        return {name: _tuples(value) for name, value in saved.items()}
+    return tuple(_tuples(value) for value in saved) if isinstance(saved, list) else saved
 
 
 def _single(number: float) -> float:

@@ -27,11 +27,6 @@ class Member(NamedTuple):
     values: dict[str, Any]  # of the swept fields, by their dotted names
 
 
-def is_sweep(config: ConfigDict) -> bool:
-    """Whether `config` sweeps a field."""
-    return bool(flat(config.sweep))
-
-
 def expand(config: ConfigDict) -> list[Member]:
     """The members of the sweep that `config` describes, in a fixed order.
 
@@ -69,7 +64,7 @@ def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
         )
     if not isinstance(values, tuple) or not values:
         raise UsageError(
-            f"config.sweep.{name}: got {values!r}, expected a tuple with at least one value, such as ({fields[name]!r},)"
+            f"config.sweep.{name}: got {values!r}, expected a tuple of at least one value, such as ({fields[name]!r},)"
         )
     return values
 
@@ -174,12 +169,16 @@ def _check(members: Sequence[Member]) -> None:
         )
 
 
+def program_key(config: ConfigDict) -> str:
+    """The same for configs that one program serves."""
+    return repr(sorted((name, value) for name, value in flat(config).items() if name not in TRACED_FIELDS))
+
+
 def group(members: Sequence[Member]) -> list[list[Member]]:
     """Members that differ only in what a program takes as an argument, together."""
     groups: dict[str, list[Member]] = {}
     for member in members:
-        compiled = {name: value for name, value in flat(member.config).items() if name not in TRACED_FIELDS}
-        groups.setdefault(repr(sorted(compiled.items())), []).append(member)
+        groups.setdefault(program_key(member.config), []).append(member)
     return list(groups.values())
 
 

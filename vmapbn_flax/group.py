@@ -84,5 +84,3 @@ def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
     # Each layer's value before and after its norm and activation, and their cotangents; the inputs once.
     activations = 4 * (num_features + 6 * sum(widths[1:])) * max(config.train.batch_size, config.train.eval_batch_size)
     return 2 * state_bytes + activations + 4 * len(dataset.train)
-
-

@@ -13,13 +13,15 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vmapbn_flax import console, signals
-from vmapbn_flax.checkpoint import Checkpoints, restore_latest, versions
-from vmapbn_flax.config import flat, resume_changes, validate
+from vmapbn_flax.checkpoint import Checkpoints, restore_latest
+from vmapbn_flax.config import resume_changes, validate
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import REFRESHED, read_json, read_lines, workdir_lock, write_json
-from vmapbn_flax.metrics import MetricWriter, TrainMetrics, compute
-from vmapbn_flax.programs import Programs
+from vmapbn_flax.files import REFRESHED, read_json, workdir_lock, write_json
+from vmapbn_flax.ledger import refuse_unfinished_member
+from vmapbn_flax.mesh import divide_cpu
+from vmapbn_flax.programs import Programs, figures
+from vmapbn_flax.record import Record
 from vmapbn_flax.state import steps_in
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
@@ -40,6 +42,8 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
     """
     started = time.monotonic() if started is None else started
     validate(config)
+    divide_cpu(config, sweep=False)
+    refuse_unfinished_member(workdir)
     if (workdir / REFRESHED).exists():
         raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead")
     dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
@@ -50,9 +54,11 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
         if summary := _finished(workdir, changes):
             console.say(f"{workdir}: finished at step {summary['step']}; a larger train.num_epochs continues it")
             return summary
-        with signals.deferred() as received, contextlib.closing(Run(config, workdir, programs, started)) as run:
+        record = Record(config, workdir, programs.selection)
+        with signals.deferred() as received, contextlib.closing(Run([record], workdir, programs, started)) as run:
             run.say_start(dataset, changes)
-            run.to_end(received)
+            with console.Progress(run.step, programs.total_steps) as progress:
+                run.to_end(received, progress)
             return run.finish()
 
 
@@ -68,161 +74,171 @@ def _finished(workdir: Path, changes: Sequence[str] | None) -> dict[str, Any] | 
 
 
 class Run:
-    """One run, from its newest checkpoint to its end.
+    """One run, from its newest checkpoint to its end; `sweep.GroupRun` is many in one program.
 
     Raises:
-      RunError: the checkpoints in `workdir` are damaged or of another run.
+      RunError: the checkpoints in `directory` are damaged or of another run.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, programs: Programs, started: float):
-        self._config, self._workdir, self._programs, self._started = config, workdir, programs, started
+    def __init__(self, records: Sequence[Record], directory: Path, programs: Programs, started: float):
+        self._records, self._directory, self._programs, self._started = records, directory, programs, started
+        self._config = records[0].config  # what is read from it is the same for all
         self._seconds: dict[str, float] = defaultdict(float)
-        self._eval_steps = max(1, steps_in(config.train.eval_every, programs.steps_per_epoch))
+        self._eval_steps = max(1, steps_in(self._config.train.eval_every, programs.steps_per_epoch))
 
-        restored = restore_latest(workdir / "checkpoints", programs.template())
+        restored = restore_latest(directory / "checkpoints", programs.template())
+        self.step = 0 if restored is None else restored[1]["step"]
         if restored is not None:
-            _require_fit(workdir, restored[1], config)
-        self._state = programs.create() if restored is None else jax.device_put(restored[0])
-        self._step = int(self._state.step)
-        self._writer = MetricWriter(workdir, self._step)
-        self._checkpoints = Checkpoints(workdir / "checkpoints")
+            self._require_fit(restored[1])
+        self._state = programs.create() if restored is None else programs.place(restored[0])
+        for record in self._active():
+            record.open(self.step)
+        self._checkpoints = Checkpoints(directory / "checkpoints")
+
+    def _active(self) -> list[Record]:
+        return [record for record in self._records if not record.stopped]
 
     def say_start(self, dataset: Dataset, changes: Sequence[str] | None) -> None:
         """Says what starts, and makes the config that of the workdir: `changes` to the one there, if any."""
         for change in changes or []:
             console.say(f"resuming with {change}")
         if changes != []:
-            (self._workdir / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished
-            write_json(self._workdir / "config.json", self._config.to_dict())
+            (self._directory / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished
+            write_json(self._directory / "config.json", self._config.to_dict())
         count = parameter_overview.count_parameters(self._state.params)
-        where = f"resuming at step {self._step}" if self._step else "starting"
+        where = f"resuming at step {self.step}" if self.step else "starting"
         console.say(
-            f"{self._workdir}: {where} of {self._programs.total_steps} steps, {count:,} parameters, "
+            f"{self._directory}: {where} of {self._programs.total_steps} steps, {count:,} parameters, "
             f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples), "
             f"on {console.device_name()}"
         )
 
     def close(self) -> None:
         """Waits for the save in flight; every way out leads here."""
-        try:
-            self._checkpoints.close()
-        finally:
-            self._writer.close()
+        with contextlib.ExitStack() as stack:
+            for record in self._records:
+                stack.callback(record.close)
+            stack.callback(self._checkpoints.close)
 
-    def to_end(self, received: Sequence[int]) -> None:
+    def to_end(self, received: Sequence[int], progress: console.Progress) -> None:
         """Steps, rows, evaluations and checkpoints up to the last step, or until a signal is `received`.
 
         Raises:
           RunError: training diverged, or the first step left a running statistic where it was.
-          Interrupted: a signal arrived.
+          Interrupted: a signal arrived; the state is saved.
         """
         programs, total = self._programs, self._programs.total_steps
         self._seconds["startup"] = time.monotonic() - self._started - programs.compile_seconds
         most_steps = 1  # at first, for a look at what a step does to the statistics
-        with console.Progress(self._step, total) as progress:
-            while True:
-                if self._evaluation_due():
-                    progress.evaluated(self._step, self._evaluate_and_save())
-                if received:
-                    self._save()
-                    raise Interrupted(received[0], self._step)
-                if self._step == total:
-                    return
-                count = min(most_steps, self._next_stop() - self._step)
-                seconds = self._advance(count)
-                most_steps = max(1, min(8 * count, int(_WAKE_UP_SECONDS * count / seconds)))
-                progress.advance(count)
+        while self._active():
+            if self._evaluation_due():
+                progress.evaluated(self.step, self._evaluate_and_save())
+            if received:
+                self._save()
+                raise Interrupted(received[0], self.step)
+            if self.step == total:
+                return
+            count = min(most_steps, self._next_stop() - self.step)
+            seconds = self._advance(count)
+            most_steps = max(1, min(8 * count, int(_WAKE_UP_SECONDS * count / seconds)))
+            progress.advance(count)
 
     def _next_stop(self) -> int:
         """The next step at which a row, an evaluation or the end of an epoch is due."""
         every = (self._config.train.log_every, self._programs.steps_per_epoch, self._eval_steps)
-        return min(self._programs.total_steps, *((self._step // n + 1) * n for n in every))
+        return min(self._programs.total_steps, *((self.step // n + 1) * n for n in every))
 
     def _advance(self, count: int) -> float:
-        """Takes `count` steps and writes the training row if one is due; returns the seconds it took."""
-        before = jax.tree.map(np.array, self._state.batch_stats) if self._step == 0 else None
+        """Takes `count` steps and writes the training rows if they are due; returns the seconds it took."""
+        # A copy: on the CPU what comes back is a view of a buffer that the step writes to.
+        before = jax.tree.map(np.array, self._programs.split(self._state.batch_stats)) if self.step == 0 else None
         with self._clock("train") as clock:
-            self._state = self._programs.advance(self._state, self._step, count)
-            self._step = int(self._state.step)
-        if self._state.skipped_in_a_row >= self._config.train.max_skipped_steps:
-            raise self._diverged()
-        if before is not None and not self._state.skipped_steps:
-            _require_moved(before, self._state.batch_stats)
-        if self._step == self._programs.total_steps or 0 in (
-            self._step % self._config.train.log_every,
-            self._step % self._programs.steps_per_epoch,
+            self._state = self._programs.advance(self._state, self.step, count)
+            counters = self._programs.split((self._state.step, self._state.skipped_steps, self._state.skipped_in_a_row))
+        self.step += count
+        if before is not None:
+            after = self._programs.split(self._state.batch_stats)
+            for old, new, (_, skipped, _) in zip(before, after, counters, strict=True):
+                if not skipped:
+                    _require_moved(old, new)
+        for record, (step, _, in_a_row) in zip(self._records, counters, strict=True):
+            if not record.stopped and in_a_row >= self._config.train.max_skipped_steps:
+                self._diverged(record, int(step))
+        if self.step == self._programs.total_steps or 0 in (
+            self.step % self._config.train.log_every,
+            self.step % self._programs.steps_per_epoch,
         ):
-            self._write_row()
+            self._write_rows([int(skipped) for _, skipped, _ in counters])
         return clock.seconds
 
-    def _write_row(self) -> None:
-        figures = {f"train_{name}": value for name, value in compute(self._state.metrics).items()}
-        if self._state.skipped_steps:
-            figures["skipped_steps"] = int(self._state.skipped_steps)
-        rate = float(self._programs.learning_rate(self._step - 1))
-        self._writer.write_scalars(self._step, {**figures, "learning_rate": rate})
-        self._state = self._state.replace(metrics=TrainMetrics.empty())
+    def _write_rows(self, skipped_steps: Sequence[int]) -> None:
+        rates = self._programs.split(self._programs.learning_rate(self.step - 1))
+        metrics = self._programs.split(self._state.metrics)
+        for record, measured, skipped, rate in zip(self._records, metrics, skipped_steps, rates, strict=True):
+            if not record.stopped:
+                record.trained(self.step, measured, skipped, float(rate))
+        empty = jax.tree.map(np.zeros_like, self._programs.gather(self._state.metrics))
+        self._state = self._state.replace(metrics=self._programs.place(empty))
 
-    def _diverged(self) -> RunError:
-        rate = float(self._programs.learning_rate(self._step - 1))
-        return RunError(
-            f"{self._workdir}: got {self._config.train.max_skipped_steps} steps in a row whose loss or gradients "
-            f"are not finite, up to step {self._step} at learning rate {rate:.3g}; expected finite ones. The last "
+    def _diverged(self, record: Record, step: int) -> None:
+        """What becomes of a run whose last steps, up to `step`, were not finite: here, its end."""
+        rate = float(self._programs.learning_rate(step - 1))
+        raise RunError(
+            f"{record.workdir}: got {self._config.train.max_skipped_steps} steps in a row whose loss or gradients "
+            f"are not finite, up to step {step} at learning rate {rate:.3g}; expected finite ones. The last "
             f"good checkpoint is {self._checkpoints.latest()}. Lower optimizer.learning_rate in another --workdir."
         )
 
     def _evaluation_due(self) -> bool:
-        due = self._step > 0 and self._step % self._eval_steps == 0
-        done = bool(self._writer.rows) and self._writer.rows[-1]["step"] == self._step
-        done = done and self._programs.selection in self._writer.rows[-1]
-        return (due or self._step == self._programs.total_steps) and not done
+        due = self.step > 0 and self.step % self._eval_steps == 0
+        done = all(record.is_evaluated(self.step) for record in self._active())
+        return (due or self.step == self._programs.total_steps) and not done
 
-    def _evaluate_and_save(self) -> dict[str, float]:
+    def _evaluate_and_save(self) -> list[dict[str, float]]:
+        """The figures of every record, or of a stopped one nothing."""
         with self._clock("evaluate"):
-            figures = self._programs.evaluate(self._state)
-        self._writer.write_scalars(self._step, figures)
+            measured = self._programs.split(self._programs.measure(self._state))
+            results = [{} if record.stopped else figures(m) for record, m in zip(self._records, measured, strict=True)]
+        for record in self._active():
+            if not record.is_evaluated(self.step):
+                record.evaluated(self.step, results[self._records.index(record)])
         self._save()
-        return figures
+        return results
 
     def _save(self) -> None:
         with self._clock("checkpoint"):
-            self._writer.flush()  # the rows of a checkpoint are on the disk before it is
-            best, rows = self._best_row(), len(self._writer.rows)
-            self._checkpoints.save(self._step, self._state, self._config.to_dict(), best and best["step"], rows)
+            for record in self._active():
+                record.flush()  # the rows of a checkpoint are on the disk before it is
+            self._checkpoints.save(self.step, self._programs.gather(self._state), **self._described())
+
+    def _described(self) -> dict[str, Any]:
+        """What a checkpoint is saved with."""
+        (record,) = self._records
+        best = record.best_row([self.step, *self._checkpoints.steps()])
+        return {"config": self._config.to_dict(), "best_step": best and best["step"], "rows": len(record.rows)}
+
+    def _require_fit(self, meta: Mapping[str, Any]) -> None:
+        self._records[0].require_fit(meta["config"], meta["step"], meta["rows"])
 
     def finish(self) -> dict[str, Any]:
         """Writes the picture, TensorBoard's hparams and the summary; prints the summary and returns it."""
         from vmapbn_flax.plot import plot_runs
 
+        (record,) = self._records
         with self._clock("checkpoint"):
-            best = self._best_row()
-        evaluation = {name: value for name, value in self._writer.rows[-1].items() if name != "step"}
-        results = {"step": self._step, **evaluation}
-        results |= {"best_step": best["step"], "best_metric": best[self._programs.selection]}
-        self._writer.write_hparams(flat(self._config), {f"hparam/{k}": v for k, v in evaluation.items()})
-        picture = self._workdir / "accuracy.png"
-        plot_runs([self._workdir], picture)
-        seconds = {"compile": self._programs.compile_seconds, **self._seconds}
-        seconds["total"] = time.monotonic() - self._started
-        summary = {
-            **results,
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "seed": self._config.seed,
-            "device": console.device_name(),
-            "versions": versions(),
-        }
-        write_json(self._workdir / "summary.json", summary)
-        console.table([*results.items(), ("seconds", seconds["total"]), ("picture", picture)])
+            saved = [self.step, *self._checkpoints.steps()]
+        picture = self._directory / "accuracy.png"
+        record.flush()
+        plot_runs([self._directory], picture)
+        summary = record.finish(self.step, saved, self.seconds())
+        results = {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "seed"}
+        console.table([*results.items(), ("seconds", summary["seconds"]["total"]), ("picture", picture)])
         return summary
 
-    def _best_row(self) -> dict[str, Any] | None:
-        """The evaluation that selection prefers of those with a checkpoint, this step's own included.
-
-        The latest of equals; one that is not finite comes last.
-        """
-        name, saved = self._programs.selection, {self._step, *self._checkpoints.steps()}
-        rows = [row for row in self._writer.rows if name in row and row["step"] in saved]
-        return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]), default=None)
+    def seconds(self) -> dict[str, float]:
+        """How long each thing took."""
+        seconds = {"compile": self._programs.compile_seconds, **self._seconds}
+        return {**seconds, "total": time.monotonic() - self._started}
 
     @contextlib.contextmanager
     def _clock(self, name: str) -> Iterator["_Clock"]:
@@ -235,18 +251,6 @@ class Run:
 
 class _Clock:
     seconds = 0.0
-
-
-def _require_fit(workdir: Path, meta: Mapping[str, Any], config: ConfigDict) -> None:
-    """Refuses to continue from a checkpoint, saved with `meta`, of another run, or without its rows."""
-    resume_changes(meta["config"], config)
-    path = workdir / "metrics.jsonl"
-    count = sum(row["step"] <= meta["step"] for _, row in read_lines(path))
-    if count < meta["rows"]:
-        raise RunError(
-            f"{path}: got {count} rows up to step {meta['step']}, expected the {meta['rows']} that were there when "
-            f"its checkpoint was saved. Put the file back, or start afresh in another --workdir."
-        )
 
 
 def _require_moved(before: Any, after: Any) -> None:

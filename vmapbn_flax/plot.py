@@ -3,9 +3,15 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_lines, write_whole
+from vmapbn_flax.results import SELECTION, Setting
+
+_LABELLED = 8  # settings that a legend has room for
 
 # Distinct in grey print too: each run has a dash pattern and a marker of its own.
 _STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "P")]
@@ -49,6 +55,79 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
         loss.set(xlabel="step", ylabel="training loss", yscale="log")
         for axes in (accuracy, loss):
             axes.legend()
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=150)
+        _write(figure, output)
+
+
+def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
+    """Draws a sweep into `output`: validation accuracy against each swept value, and against steps.
+
+    Settings come best first, and the colours follow: a line is the mean over seeds, a band the deviation.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    fields = [name for name, values in _values(settings).items() if len(values) > 1]
+    with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(4.5 + 3.4 * len(fields), 3.6), layout="constrained")
+        *panels, curves = figure.subplots(1, len(fields) + 1, width_ratios=[3] * len(fields) + [4], squeeze=False)[0]
+        colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(settings))))
+        for axes, name in zip(panels, fields, strict=True):
+            _draw_values(axes, name, settings, colours)
+        for rank, (setting, colour) in enumerate(zip(settings, colours, strict=True)):
+            steps, mean, deviation = _curve(setting)
+            label = setting.label if rank < _LABELLED else None
+            curves.plot(steps, mean, color=colour, linestyle=_STYLES[rank % len(_STYLES)][0], label=label)
+            curves.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+        curves.set(xlabel="step", ylabel="validation accuracy")
+        if curves.lines:
+            title = None if len(settings) <= _LABELLED else f"best {_LABELLED} of {len(settings)}"
+            curves.legend(title=title, fontsize=8)
+        for axes in (*panels, curves):
+            axes.yaxis.set_major_formatter("{x:.1%}")
+        _write(figure, output)
+
+
+def _values(settings: Sequence[Setting]) -> dict[str, list[Any]]:
+    """Every value of every swept field."""
+    values: dict[str, list[Any]] = {}
+    for setting in settings:
+        for name, value in setting.values.items():
+            found = values.setdefault(name, [])
+            if value not in found:
+                found.append(value)
+    return {name: sorted(found) for name, found in values.items()}
+
+
+def _draw_values(axes: Any, name: str, settings: Sequence[Setting], colours: Any) -> None:
+    """A point for each member that is done, on a scale that suits the values of `name`."""
+    values = _values(settings)[name]
+    numeric = all(isinstance(value, int | float) for value in values)
+    positions = values if numeric else range(len(values))
+    for setting, colour in zip(settings, colours, strict=True):
+        found = setting.figures(SELECTION)
+        x = positions[values.index(setting.values[name])]
+        axes.plot([x] * len(found), found, linestyle="", marker="o", markersize=5, color=colour, alpha=0.8)
+    if not numeric:
+        axes.set_xticks(positions, ["x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values])
+        axes.margins(x=0.2)
+    elif values[0] > 0 and values[-1] / values[0] >= 10:
+        axes.set_xscale("log")
+    axes.set(xlabel=name.rpartition(".")[2].replace("_", " "), ylabel="validation accuracy")
+
+
+def _curve(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, and the mean and the deviation of the members that were evaluated at each."""
+    at: dict[int, list[float]] = {}
+    for member in setting.members:
+        for row in member.rows:
+            if row.get(SELECTION) is not None:
+                at.setdefault(row["step"], []).append(row[SELECTION])
+    steps = sorted(at)
+    means = np.array([np.mean(at[step]) for step in steps])
+    return np.array(steps), means, np.array([np.std(at[step], ddof=len(at[step]) > 1) for step in steps])
+
+
+def _write(figure: Any, output: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format=output.suffix[1:].lower(), dpi=150)
     write_whole(output, picture.getvalue())

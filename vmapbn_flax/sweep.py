@@ -1,0 +1,151 @@
+"""Training a sweep: its members in groups, each group one program, and a ledger of what became of them."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vmapbn_flax import console, mesh, signals
+from vmapbn_flax.checkpoint import Checkpoints
+from vmapbn_flax.config import validate_sizes
+from vmapbn_flax.errors import Interrupted, RunError
+from vmapbn_flax.expand import Member, expand, program_key
+from vmapbn_flax.files import workdir_lock
+from vmapbn_flax.group import GroupPrograms
+from vmapbn_flax.ledger import Ledger
+from vmapbn_flax.loop import Run
+from vmapbn_flax.plan import Datasets, make_plan
+from vmapbn_flax.record import Record
+from vmapbn_flax.report import report
+
+
+def train_sweep(config: ConfigDict, workdir: Path) -> Ledger:
+    """Trains, or resumes, the sweep in `workdir`, reports on it, and returns its ledger.
+
+    Args:
+      config: what `configs/default.py` makes, with values in `config.sweep`.
+      workdir: made if need be; each member has its own in it.
+
+    Raises:
+      UsageError: the config or the data cannot be used.
+      RunError: the workdir is in use, damaged or of another sweep.
+      Interrupted: SIGTERM or SIGINT arrived; the state is saved.
+    """
+    members = {member.name: member for member in expand(config)}
+    mesh.divide_cpu(config, sweep=True)
+    datasets = Datasets()
+    for member in members.values():
+        validate_sizes(member.config, len(datasets.of(member.config).train))
+    with workdir_lock(workdir):
+        ledger = make_plan(config, workdir, members, datasets)
+        with signals.deferred() as received:
+            _train_groups(config, workdir, ledger, members, datasets, received)
+        report(workdir)
+    return ledger
+
+
+def _train_groups(
+    config: ConfigDict,
+    workdir: Path,
+    ledger: Ledger,
+    members: Mapping[str, Member],
+    datasets: Datasets,
+    received: Sequence[int],
+) -> None:
+    """Trains every group that has a member which is not over."""
+    programs, compiled_for = None, None
+    with console.SweepProgress(ledger) as progress:
+        for number, names in enumerate(ledger.groups):
+            directory = workdir / "groups" / str(number)
+            if not all(ledger.is_over(name) for name in names):
+                if received:
+                    raise Interrupted(received[0], 0)
+                started, configs = time.monotonic(), [members[name].config for name in names]
+                try:
+                    key = (len(names), program_key(configs[0]))
+                    if programs is not None and key == compiled_for:
+                        programs = programs.with_members(configs)
+                    else:
+                        devices = mesh.member_mesh(configs[0], len(names))
+                        programs = GroupPrograms(configs, datasets.of(configs[0]), devices)
+                    compiled_for = key
+                    progress.start(number, names, programs.total_steps)
+                    records = [Record(members[name].config, workdir / name, programs.selection, name) for name in names]
+                    run = GroupRun(records, directory, programs, started, ledger)
+                    with contextlib.closing(run):
+                        run.to_end(received, progress)
+                        run.finish()
+                # Out of memory, a full disk, a damaged checkpoint: what can strike one group and not another.
+                except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:
+                    programs = None
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    ledger.mark(names, "failed", reason=reason)
+                    console.say(f"warning: group {number} failed: {reason}")
+                    if config.sweep_options.on_failure == "stop":
+                        return
+                    continue
+            # Its members have checkpoints of their own by now.
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+class GroupRun(Run):
+    """The runs of a group in one program: `Run` with many records, and a checkpoint of them all."""
+
+    def __init__(
+        self, records: Sequence[Record], directory: Path, programs: GroupPrograms, started: float, ledger: Ledger
+    ):
+        for record in records:
+            record.stopped = ledger.is_over(record.name)  # diverged, before the group was interrupted
+        self._ledger = ledger
+        ledger.mark([record.name for record in records], "running")
+        super().__init__(records, directory, programs, started)
+
+    def _described(self) -> dict[str, Any]:
+        members = {
+            record.name: {"config": record.config.to_dict(), "rows": len(record.rows)} for record in self._records
+        }
+        return {"config": members, "rows": sum(member["rows"] for member in members.values())}
+
+    def _require_fit(self, meta: Mapping[str, Any]) -> None:
+        saved = meta["config"]
+        if list(saved) != [record.name for record in self._records]:
+            raise RunError(
+                f"{self._directory}: got checkpoints of other members, expected {self._records[0].name} and those "
+                f"that the ledger groups it with. Remove {self._directory}, and they start afresh."
+            )
+        for record in self._active():
+            record.require_fit(saved[record.name]["config"], meta["step"], saved[record.name]["rows"])
+
+    def _save(self) -> None:
+        super()._save()
+        self._ledger.mark([record.name for record in self._active()], "running", self.step)
+
+    def _diverged(self, record: Record, step: int) -> None:
+        """Marks the member, which the step has frozen, and lets the others train on."""
+        self._keep(record, self._programs.split(self._state)[self._records.index(record)], step)
+        record.stopped = True
+        most = self._config.train.max_skipped_steps
+        self._ledger.mark([record.name], "diverged", step, f"{most} steps in a row not finite, up to step {step}")
+
+    def finish(self) -> dict[str, Any]:
+        """Writes each member's checkpoint and summary, and marks it done; returns the summaries."""
+        summaries = {}
+        with self._clock("checkpoint"):
+            for record, state in zip(self._records, self._programs.split(self._state), strict=True):
+                if not record.stopped:
+                    self._keep(record, state, self.step)
+        for record in self._active():
+            summaries[record.name] = record.finish(self.step, [self.step], self.seconds())
+        self._ledger.mark(summaries, "done", self.step)
+        return summaries
+
+    def _keep(self, record: Record, state: Any, step: int) -> None:
+        """Saves a member's checkpoint, from which it can be continued alone."""
+        record.flush()
+        with contextlib.closing(Checkpoints(record.workdir / "checkpoints")) as checkpoints:
+            checkpoints.save(step, state, record.config.to_dict(), None, len(record.rows))
