@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TextIO
+from io import TextIOBase
 
 import jax
 from tqdm import tqdm
@@ -81,7 +81,7 @@ class SweepProgress(Progress):
         return f"{counts} of {len(self._ledger.members)}{best}"
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file: TextIO | None = None) -> None:
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file: TextIOBase | None = None) -> None:
     """Prints rows of cells in columns, to standard error unless `file` says otherwise."""
     from rich import box
     from rich.console import Console

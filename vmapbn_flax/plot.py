@@ -28,7 +28,6 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -47,11 +46,8 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
                 steps, values = zip(*points, strict=True) if points else ((), ())
                 marks = {"marker": marker, "markersize": 4, "markevery": max(1, len(points) // 20)}
                 axes.plot(steps, values, linestyle=line, linewidth=1.4, label=label, **marks)
-        # Logits spread out the last percent, which is where runs differ, without cutting off the start.
-        accuracy.set(xlabel="step", ylabel="test accuracy", yscale="logit")
-        accuracy.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
-        accuracy.yaxis.set_minor_locator(NullLocator())
-        accuracy.yaxis.set_major_formatter(FuncFormatter(lambda accuracy, _: f"{100 * accuracy:g} %"))
+        accuracy.set(xlabel="step", ylabel="test accuracy")
+        _scale_accuracy(accuracy)
         loss.set(xlabel="step", ylabel="training loss", yscale="log")
         for axes in (accuracy, loss):
             axes.legend()
@@ -82,8 +78,7 @@ def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
         if curves.lines:
             title = None if len(settings) <= _LABELLED else f"best {_LABELLED} of {len(settings)}"
             curves.legend(title=title, fontsize=8)
-        for axes in (*panels, curves):
-            axes.yaxis.set_major_formatter("{x:.1%}")
+        _scale_accuracy(curves)
         _write(figure, output)
 
 
@@ -99,7 +94,7 @@ def _values(settings: Sequence[Setting]) -> dict[str, list[Any]]:
 
 
 def _draw_values(axes: Any, name: str, settings: Sequence[Setting], colours: Any) -> None:
-    """A point for each member that is done, on a scale that suits the values of `name`."""
+    """A point for each member that is done, a cross where one has diverged, on a scale that suits the values."""
     values = _values(settings)[name]
     numeric = all(isinstance(value, int | float) for value in values)
     positions = values if numeric else range(len(values))
@@ -107,12 +102,15 @@ def _draw_values(axes: Any, name: str, settings: Sequence[Setting], colours: Any
         found = setting.figures(SELECTION)
         x = positions[values.index(setting.values[name])]
         axes.plot([x] * len(found), found, linestyle="", marker="o", markersize=5, color=colour, alpha=0.8)
+        if any(member.status == "diverged" for member in setting.members):
+            axes.plot([x], [0.02], "x", color="red", transform=axes.get_xaxis_transform(), clip_on=False)
     if not numeric:
         axes.set_xticks(positions, ["x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values])
         axes.margins(x=0.2)
     elif values[0] > 0 and values[-1] / values[0] >= 10:
         axes.set_xscale("log")
     axes.set(xlabel=name.rpartition(".")[2].replace("_", " "), ylabel="validation accuracy")
+    axes.yaxis.set_major_formatter("{x:.1%}")
 
 
 def _curve(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,6 +123,16 @@ def _curve(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     steps = sorted(at)
     means = np.array([np.mean(at[step]) for step in steps])
     return np.array(steps), means, np.array([np.std(at[step], ddof=len(at[step]) > 1) for step in steps])
+
+
+def _scale_accuracy(axes: Any) -> None:
+    """Logits spread out the last percent, which is where runs differ, without cutting off the start."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set_yscale("logit")
+    axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda accuracy, _: f"{100 * accuracy:g} %"))
 
 
 def _write(figure: Any, output: Path) -> None:

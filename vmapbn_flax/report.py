@@ -4,15 +4,15 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from io import TextIOBase
 from pathlib import Path
-from typing import TextIO
 
 from vmapbn_flax import console
 from vmapbn_flax.plot import plot_sweep
 from vmapbn_flax.results import SELECTION, Result, Setting, read_settings
 
 
-def report(workdir: Path, file: TextIO | None = None) -> Result | None:
+def report(workdir: Path, file: TextIOBase | None = None) -> Result | None:
     """Prints the ranking of the sweep in `workdir`, draws `sweep.png` there, and returns the best member.
 
     That is the best of the best setting by validation accuracy; None where no member is done.

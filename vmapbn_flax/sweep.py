@@ -58,13 +58,13 @@ def _train_groups(
     received: Sequence[int],
 ) -> None:
     """Trains every group that has a member which is not over."""
-    programs, compiled_for = None, None
+    programs, compiled_for, step = None, None, 0
     with console.SweepProgress(ledger) as progress:
         for number, names in enumerate(ledger.groups):
             directory = workdir / "groups" / str(number)
             if not all(ledger.is_over(name) for name in names):
                 if received:
-                    raise Interrupted(received[0], 0)
+                    raise Interrupted(received[0], step)
                 started, configs = time.monotonic(), [members[name].config for name in names]
                 try:
                     key = (len(names), program_key(configs[0]))
@@ -80,6 +80,7 @@ def _train_groups(
                     with contextlib.closing(run):
                         run.to_end(received, progress)
                         run.finish()
+                    step = run.step
                 # Out of memory, a full disk, a damaged checkpoint: what can strike one group and not another.
                 except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:
                     programs = None
@@ -127,25 +128,26 @@ class GroupRun(Run):
 
     def _diverged(self, record: Record, step: int) -> None:
         """Marks the member, which the step has frozen, and lets the others train on."""
-        self._keep(record, self._programs.split(self._state)[self._records.index(record)], step)
-        record.stopped = True
+        with self._saving(record, self._programs.split(self._state)[self._records.index(record)], step):
+            record.stopped = True
         most = self._config.train.max_skipped_steps
         self._ledger.mark([record.name], "diverged", step, f"{most} steps in a row not finite, up to step {step}")
 
     def finish(self) -> dict[str, Any]:
         """Writes each member's checkpoint and summary, and marks it done; returns the summaries."""
         summaries = {}
-        with self._clock("checkpoint"):
+        with self._clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
             for record, state in zip(self._records, self._programs.split(self._state), strict=True):
                 if not record.stopped:
-                    self._keep(record, state, self.step)
+                    stack.enter_context(self._saving(record, state, self.step))
         for record in self._active():
             summaries[record.name] = record.finish(self.step, [self.step], self.seconds())
         self._ledger.mark(summaries, "done", self.step)
         return summaries
 
-    def _keep(self, record: Record, state: Any, step: int) -> None:
-        """Saves a member's checkpoint, from which it can be continued alone."""
+    def _saving(self, record: Record, state: Any, step: int) -> contextlib.AbstractContextManager:
+        """Saves a member's checkpoint, from which it can be continued alone; it is saved when the context ends."""
         record.flush()
-        with contextlib.closing(Checkpoints(record.workdir / "checkpoints")) as checkpoints:
-            checkpoints.save(step, state, record.config.to_dict(), None, len(record.rows))
+        checkpoints = Checkpoints(record.workdir / "checkpoints")
+        checkpoints.save(step, state, record.config.to_dict(), None, len(record.rows))
+        return contextlib.closing(checkpoints)
