@@ -1,6 +1,7 @@
 """Pictures of runs, from their `metrics.jsonl`."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,20 +65,20 @@ def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
 
     fields = [name for name, values in _values(settings).items() if len(values) > 1]
     with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(4.5 + 3.4 * len(fields), 3.6), layout="constrained")
+        figure = Figure(figsize=(7 + 3.4 * len(fields), 3.6), layout="constrained")
         *panels, curves = figure.subplots(1, len(fields) + 1, width_ratios=[3] * len(fields) + [4], squeeze=False)[0]
         colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(settings))))
         for axes, name in zip(panels, fields, strict=True):
             _draw_values(axes, name, settings, colours)
         for rank, (setting, colour) in enumerate(zip(settings, colours, strict=True)):
             steps, mean, deviation = _curve(setting)
-            label = setting.label if rank < _LABELLED else None
+            label = textwrap.shorten(setting.label, 45, placeholder=" ...") if rank < _LABELLED else None
             curves.plot(steps, mean, color=colour, linestyle=_STYLES[rank % len(_STYLES)][0], label=label)
             curves.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
         curves.set(xlabel="step", ylabel="validation accuracy")
         if curves.lines:
             title = None if len(settings) <= _LABELLED else f"best {_LABELLED} of {len(settings)}"
-            curves.legend(title=title, fontsize=8)
+            figure.legend(title=title, fontsize=8, loc="outside right upper")
         _scale_accuracy(curves)
         _write(figure, output)
 
