@@ -84,8 +84,8 @@ class Run:
             _require_fit(workdir, restored[1], config)
         self._state = programs.create() if restored is None else jax.device_put(restored[0])
         self._step = int(self._state.step)
-        self._writer = MetricWriter(workdir, self._step)
         self._checkpoints = Checkpoints(workdir / "checkpoints")
+        self._writer = MetricWriter(workdir, self._step)
 
     def say_start(self, dataset: Dataset, changes: Sequence[str] | None) -> None:
         """Says what starts, and makes the config that of the workdir: `changes` to the one there, if any."""
