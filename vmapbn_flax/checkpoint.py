@@ -4,9 +4,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,15 +19,26 @@ import orbax.checkpoint as ocp
 
 from vmapbn_flax.console import say
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.files import write_whole
 
 State = TypeVar("State")
 Arrays = Mapping[str, np.ndarray]
 
+_SUMS = "SHA256"  # of a checkpoint's files, for `sha256sum --check`
 _PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of what orbax is still writing, and of what is being deleted
 
-# Dozens of lines a save otherwise, and tracebacks of errors that are raised as well, through absl's
-# logger, which is the root's.
+# What orbax logs: dozens of lines a save, and, when one fails, tracebacks of what is raised as well: of its
+# own, of tasks that it leaves behind, and of event loops that it closes while its threads still call them.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
+def _report_unraisable(unraisable: Any, report: Callable[[Any], None] = sys.unraisablehook) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
+
+
+sys.unraisablehook = _report_unraisable
 
 
 class Checkpoints:
@@ -42,7 +55,11 @@ class Checkpoints:
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
         self._keep: set[int] | None = None
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._saving = self._directory
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sums),
+        )
         with self._failures():
             self._directory.mkdir(parents=True, exist_ok=True)
             for partial in self._directory.glob(f"*{_PARTIAL}*"):
@@ -63,12 +80,18 @@ class Checkpoints:
             arrays = _to_arrays(state)
             meta = {"step": step, "config": config, "rows": rows, "versions": versions()}
             meta["digest"] = digest(arrays, meta)
+            self._saving = self._directory / str(step)
             with self._failures():
                 self._checkpointer.save(
-                    self._directory / str(step),
+                    self._saving,
                     args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
                 )
         self._keep = {*sorted({*saved, step})[-2:], best_step}
+
+    def _write_sums(self) -> None:
+        """What orbax calls when it has written all files, before it gives the directory its name."""
+        partial = _partial(self._saving)
+        write_whole(partial / _SUMS, "".join(f"{sha}  {name}\n" for name, sha in _file_sums(partial).items()))
 
     def wait(self) -> None:
         """Returns once what was saved is on the disk, and deletes what that makes superfluous."""
@@ -76,9 +99,8 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             for step in saved_steps(self._directory):
                 if self._keep is not None and step not in self._keep:
-                    partial = self._directory / f"{step}{_PARTIAL}"
-                    (self._directory / str(step)).rename(partial)  # whole or gone, whenever a kill arrives
-                    shutil.rmtree(partial)
+                    path = self._directory / str(step)
+                    shutil.rmtree(path.rename(_partial(path)))  # whole or gone, whenever a kill arrives
 
     def close(self) -> None:
         """Waits, and lets go of the directory."""
@@ -107,8 +129,8 @@ class Checkpoints:
             steps = saved_steps(self._directory)
             raise RunError(
                 f"{self._directory}: got a checkpoint that could not be saved ({_reason(error)}); expected room "
-                f"and permission to write. The last good one is of step {steps[-1] if steps else 'none'}; with "
-                f"that put right, the same command resumes."
+                f"and permission to write there. {f'That of step {steps[-1]} is whole' if steps else 'None is whole'}; "
+                f"with the reason put right, the same command continues."
             ) from error
 
 
@@ -130,7 +152,7 @@ def digest(arrays: Arrays, meta: Mapping[str, Any]) -> str:
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps that `directory` has something for, good or damaged, in ascending order."""
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name))
 
 
@@ -184,6 +206,7 @@ class DamagedError(Exception):
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
+        _require_whole(path)
         saved = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
             path.absolute(),
             args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
@@ -199,7 +222,31 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, meta
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + _PARTIAL)
+
+
+def _file_sums(path: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint, as `sha256sum` lists them."""
+    files = sorted(file for item in ("meta", "state") for file in (path / item).rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _require_whole(path: Path) -> None:
+    """Refuses a checkpoint of which a file changed.
+
+    orbax would notice most of what can happen to them, but on errors its threads print tracebacks when they like.
+    """
+    lines = [line.partition("  ") for line in (path / _SUMS).read_text().splitlines()]
+    saved, found = {name: sha for sha, _, name in lines}, _file_sums(path)
+    for name in sorted({*saved, *found}):
+        if saved.get(name) != found.get(name):
+            raise ValueError(f"{name} is {'not what was saved' if name in found else 'missing'}")
+
+
 def _reason(error: Exception) -> str:
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # at the end of pages of tensorstore's
+        return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 

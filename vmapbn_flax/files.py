@@ -58,12 +58,35 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
 
 
-class AppendLog:
-    """JSON objects, one a line, in an append-only file that can be cut back to an earlier moment."""
+class AppendFile:
+    """A file that grows by what is written, at once: there is no buffer, nor a thread, to lose some of it."""
 
     def __init__(self, path: Path):
         self._path = path
         self._file = None
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what writing the rest would have said
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    def flush(self) -> None:
+        """Returns once all is on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class AppendLog(AppendFile):
+    """JSON objects, one a line, in an append-only file that can be cut back to an earlier moment."""
 
     def cut_back(self, keep: Callable[[dict], bool]) -> list[dict]:
         """Drops the rows that `keep` refuses and a last line torn by a kill; returns the rest.
@@ -79,24 +102,7 @@ class AppendLog:
         return [row for _, row in kept]
 
     def append(self, row: dict) -> None:
-        line = json.dumps(row).encode() + b"\n"
-        try:
-            if self._file is None:
-                self._file = self._path.open("ab", buffering=0)
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what writing the rest would have said
-        except OSError as error:
-            raise unwritable(self._path, error) from error
-
-    def flush(self) -> None:
-        """Returns once the rows are on the disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.write(json.dumps(row).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[tuple[bytes, dict]]:

@@ -55,4 +55,6 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"got a config file that cannot be read ({lines[-1]}), expected one, such as --config=configs/vmap_bn.py"
     reason = lines[0] if len(lines) == 1 else f"{lines[0].removesuffix(':')}: {lines[-1]}"
+    if not isinstance(error, flags.Error):
+        reason = f"{type(error).__name__} in the config file: {reason}"
     return f"got a command line or config file that cannot be used ({reason}), expected fields of configs/default.py"

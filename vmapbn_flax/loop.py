@@ -91,9 +91,9 @@ class Run:
         if restored is not None:
             self._require_fit(restored[1])
         self._state = programs.create() if restored is None else programs.place(restored[0])
+        self._checkpoints = Checkpoints(directory / "checkpoints")
         for record in self._active():
             record.open(self.step)
-        self._checkpoints = Checkpoints(directory / "checkpoints")
 
     def _active(self) -> list[Record]:
         return [record for record in self._records if not record.stopped]

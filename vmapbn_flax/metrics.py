@@ -1,7 +1,6 @@
 """What a run measures (`clu.metrics` collections) and the only code that writes it down."""
 
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,28 +42,22 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, resume_step: int):
-        from tensorboardX import SummaryWriter
+        from vmapbn_flax.tensorboard import EventFile
 
         self._log = AppendLog(workdir / "metrics.jsonl")
         self.rows = self._log.cut_back(lambda row: row["step"] <= resume_step)
-        # tensorboardX names a file by the second, and overwrites the one that has the name.
-        suffix = f".{time.time_ns()}"
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1, filename_suffix=suffix)
+        self._events = EventFile(workdir, first_step=resume_step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float | int]) -> None:
         """Appends one row; what is not finite is null in `metrics.jsonl`."""
         row = {"step": step, **{key: _finite(value) for key, value in scalars.items()}}
         self.rows.append(row)
         self._log.append(row)
-        for key, value in scalars.items():
-            self._events.add_scalar(key, value, step)
+        self._events.add_scalars(scalars, step)
 
     def write_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
         """Fills TensorBoard's hparams tab; a result of None is NaN there."""
-        # TensorBoard has no lists, and tensorboardX leaves out what it has no type for.
-        hparams = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
-        results = {key: math.nan if value is None else value for key, value in results.items()}
-        self._events.add_hparams(hparams, results, name=".")
+        self._events.add_hparams(hparams, results)
 
     def flush(self) -> None:
         self._log.flush()

@@ -1,0 +1,134 @@
+"""SIGKILL at any moment: the same command continues, and what it ends with is what was never disturbed.
+
+The long suite, with its figures: python -m pytest -m slow -s tests/faults/test_kills.py
+"""
+
+import collections
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from program import ROOT, environment
+from runs import leftovers, outcome
+
+from vmapbn_flax.checkpoint import saved_steps
+
+SEED = 20250711
+SLOW_KILLS = 200
+TOTAL = 30
+
+# In the order of a run's life.
+PHASES = {
+    "data": "vmapbn_flax.loop:load_dataset",
+    "restore": "vmapbn_flax.loop:restore_latest",
+    "log": "vmapbn_flax.loop:MetricWriter",
+    "config": "vmapbn_flax.loop:write_json",
+    "compile": "vmapbn_flax.steps:take_batch",
+    "train": "vmapbn_flax.programs:Programs.advance",
+    "evaluate": "vmapbn_flax.programs:Programs.evaluate",
+    "row": "vmapbn_flax.files:AppendLog.append",
+    "save": "vmapbn_flax.checkpoint:Checkpoints.save",
+    "commit": "vmapbn_flax.checkpoint:Checkpoints._write_sums",
+    "retire": "vmapbn_flax.checkpoint:shutil.rmtree",
+    "hparams": "vmapbn_flax.metrics:MetricWriter.write_hparams",
+    "picture": "vmapbn_flax.plot:write_whole",
+    "summary": "vmapbn_flax.console:table",
+}
+
+
+def check(run, undisturbed):
+    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert leftovers(run.workdir) == []
+    assert not (run.workdir / "checkpoints" / "damaged").exists()
+    assert len(saved_steps(run.workdir / "checkpoints")) <= 3
+
+
+def test_killed_once_in_each_phase(run, undisturbed):
+    """One run, killed again and again on its way."""
+    for phase, name in PHASES.items():
+        status = run.finish(name=name)
+        assert status == -signal.SIGKILL, (phase, run.lines())
+    assert run.finish() == 0, run.lines()
+    check(run, undisturbed)
+
+
+def torment(run, undisturbed, rng, kills):
+    """Kills runs at random, half the time by the clock and half by the file operation; returns what they were at."""
+    phases = collections.Counter()
+    while phases.total() < kills:
+        shutil.rmtree(run.workdir, ignore_errors=True)
+        status = None
+        while status != 0:
+            if rng.random() < 0.5:
+                run.start()
+                status = run.wait(rng.uniform(0, undisturbed.seconds))
+                if status is None:
+                    run.signal(signal.SIGKILL)
+                    status = run.wait()
+            else:
+                status = run.finish(inside=str(run.workdir), change=rng.randint(1, undisturbed.changes))
+            assert status in (0, -signal.SIGKILL), run.lines()
+            if status:
+                phases[phase(run)] += 1
+        check(run, undisturbed)
+    return phases
+
+
+def phase(run):
+    """What a killed process was at, as far as files and output tell."""
+    checkpoints = run.workdir / "checkpoints"
+    last = run.lines()[-1] if run.lines() else ""
+    if last.startswith("killed before "):
+        return "writing " + ("a checkpoint" if "/checkpoints" in last else "another file")
+    if not run.lines():
+        return "start-up"
+    if (run.workdir / "summary.json").exists():
+        return "the very end"
+    if TOTAL in saved_steps(checkpoints):
+        return "picture and summary"
+    if "step" not in "".join(run.lines()[1:]):
+        return "compilation and first steps"
+    return "steps, evaluations and saves"
+
+
+def test_killed_at_random(run, undisturbed):
+    phases = torment(run, undisturbed, random.Random(SEED), kills=8)
+    assert phases.total() >= 8
+
+
+@pytest.mark.slow
+def test_killed_at_random_at_length(run, undisturbed):
+    started = time.monotonic()
+    phases = torment(run, undisturbed, random.Random(SEED + 1), SLOW_KILLS)
+    print(f"\n{phases.total()} kills, seed {SEED + 1}, {time.monotonic() - started:.0f} s: {dict(phases)}")
+
+
+def test_train_py_killed(tmp_path, cache):
+    """The real program on the real data: at its first breath, after an evaluation, and while it imports."""
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", "--config.model.hidden=(8,)"]
+    workdirs = [tmp_path / "killed", tmp_path / "undisturbed"]
+    for workdir in workdirs:
+        for last_words in ("starting of 47 steps", "step 23 of 47", "", None) if workdir == workdirs[0] else (None,):
+            with subprocess.Popen(
+                [*command, f"--workdir={workdir}"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=environment(cache) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+            ) as process:
+                if last_words == "":
+                    time.sleep(0.5)
+                while last_words and last_words not in process.stderr.readline():
+                    assert process.poll() is None
+                if last_words is not None:
+                    process.kill()
+                said = process.stderr.read()
+            assert process.returncode == (0 if last_words is None else -signal.SIGKILL), said
+    assert outcome(workdirs[0]) == outcome(workdirs[1])
+    assert leftovers(workdirs[0]) == []

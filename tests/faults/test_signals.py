@@ -1,0 +1,80 @@
+"""SIGTERM and SIGINT: finish the chunk, save, say so; a second one ends it at once."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from program import ROOT, environment
+from runs import leftovers, outcome
+
+from vmapbn_flax.checkpoint import saved_steps
+
+ADVANCE = "vmapbn_flax.programs:Programs.advance"
+EVALUATE = "vmapbn_flax.programs:Programs.evaluate"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("name", "call"), [(ADVANCE, 5), (EVALUATE, 2), (EVALUATE, 10)], ids=["step", "evaluation", "last"]
+)
+def test_stops_where_it_can_go_on(run, undisturbed, signum, name, call):
+    run.start(name=name, call=call, seconds=0.5)
+    run.wait_for("waiting")
+    run.signal(signum)
+    assert run.wait() == 128 + signum
+    said = re.fullmatch(r"note: stopped at step (\d+), which is saved; the same command resumes", run.lines()[-1])
+    assert said, run.lines()
+    steps = saved_steps(run.workdir / "checkpoints")
+    assert steps[-1] == int(said[1])
+    assert leftovers(run.workdir) == []
+    assert run.finish() == 0
+    assert f"resuming at step {steps[-1]} of 30" in run.lines()[0]
+    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_one_ends_it_at_once(run, undisturbed, signum):
+    run.start(name=EVALUATE, call=2, seconds=60)
+    run.wait_for("waiting")
+    run.signal(signal.SIGTERM)
+    assert run.wait(0.2) is None  # the first waits for the evaluation
+    started = time.monotonic()
+    run.signal(signum)
+    assert run.wait() == 128 + signum
+    assert time.monotonic() - started < 5
+    assert run.finish() == 0
+    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_before_there_is_anything_to_save(run, signum):
+    run.start(name="vmapbn_flax.loop:load_dataset", seconds=60)
+    run.wait_for("waiting")
+    run.signal(signum)
+    assert run.wait() == 128 + signum
+    assert run.lines()[-1] == "note: stopped; the same command starts again"
+    assert not run.workdir.exists()
+
+
+def test_while_the_picture_is_drawn(run, undisturbed):
+    """Nothing is left to stop: the run finishes."""
+    run.start(name="vmapbn_flax.plot:plot_runs", seconds=0.5)
+    run.wait_for("waiting")
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 0
+    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_train_py(tmp_path, cache, signum):
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path}/run"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(cache)) as process:
+        while "starting of 47 steps" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signum)
+        said = process.stderr.read()
+    assert process.returncode == 128 + signum
+    assert re.search(r"^note: stopped at step \d+, which is saved; the same command resumes$", said, re.MULTILINE)

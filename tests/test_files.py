@@ -1,0 +1,190 @@
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+
+from vmapbn_flax.errors import RunError
+from vmapbn_flax.files import AppendLog, read_json, read_lines, workdir_lock, write_json, write_whole
+
+DEEP = "[" * 100_000  # exhausts the stack of a parser that recurses
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# Whole files.
+
+
+def test_written_whole(tmp_path):
+    path = tmp_path / "file"
+    for content in ("first", b"\x00\xff", ""):
+        write_whole(path, content)
+        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    write_whole(path, "before")
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(RunError, match=r"file: got No space left on device; expected room"):
+        write_whole(path, "after")
+    assert path.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_comes_back(tmp_path):
+    content = {"number": 0.1 + 0.2, "text": "naïve", "list": [1, None]}
+    write_json(tmp_path / "file", content)
+    assert read_json(tmp_path / "file") == content
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"seed": 1', "[1]", "3", "null", "NaN", DEEP, b"\xff\xfe{}", b"\x80\x04K\x01."], ids=repr
+)
+def test_damaged_json(tmp_path, content):
+    path = tmp_path / "file"
+    write_whole(path, content)
+    with pytest.raises(RunError, match=r"file: got damaged JSON .*Put it back"):
+        read_json(path)
+
+
+def test_unreadable_json(tmp_path):
+    with pytest.raises(RunError, match="got No such file or directory; expected"):
+        read_json(tmp_path / "missing")
+    with pytest.raises(RunError, match="got Is a directory; expected"):
+        read_json(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="got Not a directory; expected"):
+        read_json(tmp_path / "file" / "below")
+
+
+# Logs.
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "log"
+
+
+def rows(*steps):
+    return [{"step": step, "loss": step / 3} for step in steps]
+
+
+def write_log(path, *steps):
+    log = AppendLog(path)
+    log.cut_back(lambda row: True)
+    for row in rows(*steps):
+        log.append(row)
+    log.flush()
+    log.close()
+
+
+def test_a_log_is_cut_back_and_goes_on(path):
+    write_log(path, 1, 2, 2, 3)
+    log = AppendLog(path)
+    assert log.cut_back(lambda row: row["step"] <= 2) == rows(1, 2, 2)
+    log.append(rows(7)[0])
+    log.close()
+    assert [row for _, row in read_lines(path)] == rows(1, 2, 2, 7)
+
+
+def test_rows_are_bytes_on_the_disk_at_once(path):
+    log = AppendLog(path)
+    log.append({"step": 1, "loss": 0.1})
+    assert path.read_text() == '{"step": 1, "loss": 0.1}\n'
+    log.close()
+
+
+def test_a_log_that_is_whole_is_not_written(path):
+    write_log(path, 1, 2)
+    before = path.stat()
+    AppendLog(path).cut_back(lambda row: True)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("length", range(1, 30, 4))
+def test_a_torn_last_row_is_dropped(path, length):
+    write_log(path, 1, 2)
+    whole = path.read_bytes()
+    path.write_bytes(whole + json.dumps({"step": 3, "loss": 0.25}).encode()[:length])
+    assert AppendLog(path).cut_back(lambda row: True) == rows(1, 2)
+    assert path.read_bytes() == whole
+
+
+DAMAGED_ROWS = ["{", "[]", "3", "{}", '{"step": null}', '{"step": "3"}', '{"step": 3, "loss": "low"}']
+DAMAGED_ROWS += ['{"step": 3, "loss": [1]}', "\0\0\0\0", DEEP, ""]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_ROWS, ids=lambda text: text[:30])
+def test_a_damaged_row_before_the_last_is_named(path, damaged):
+    write_log(path, 1)
+    content = path.read_bytes() + damaged.encode() + b"\n"
+    path.write_bytes(content + json.dumps(rows(4)[0]).encode() + b"\n")
+    with pytest.raises(RunError, match="log, line 2: got a damaged row"):
+        AppendLog(path).cut_back(lambda row: True)
+    assert path.read_bytes().startswith(content)
+
+
+def test_a_full_disk_is_an_error_at_once(path, monkeypatch):
+    class Full:  # takes one byte: the operating system's way to say that the next finds no room
+        def write(self, line):
+            return 1
+
+        def close(self):
+            pass
+
+    log = AppendLog(path)
+    log._file = Full()
+    with pytest.raises(RunError, match="log: got No space left on device"):
+        log.append({"step": 1})
+
+
+# The lock.
+
+
+def test_one_process_at_a_time(tmp_path):
+    script = (
+        "import pathlib, sys\n"
+        "from vmapbn_flax.files import workdir_lock\n"
+        "with workdir_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError) as error, workdir_lock(tmp_path):
+            pass
+        assert f"in use by process {holder.pid} on {socket.gethostname()};" in str(error.value)
+        holder.kill()
+    with workdir_lock(tmp_path):  # whatever the dead process left written there
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_the_lock_is_let_go_of(tmp_path):
+    with pytest.raises(ZeroDivisionError), workdir_lock(tmp_path / "new" / "run"):
+        raise ZeroDivisionError
+    with workdir_lock(tmp_path / "new" / "run"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["process 1 on elsewhere\n", "", "\xff\xfe" * 100])
+def test_a_stale_lock_is_taken_over(tmp_path, text):
+    (tmp_path / ".lock").write_bytes(text.encode("latin-1"))
+    with workdir_lock(tmp_path):
+        pass
+
+
+def test_a_workdir_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    for workdir, got in [("file", "File exists"), ("file/run", "Not a directory"), ("run", "Is a directory")]:
+        with ExitStack() as stack, pytest.raises(RunError, match=f"{workdir}: got {got}; expected room"):
+            stack.enter_context(workdir_lock(tmp_path / workdir))

@@ -1,0 +1,47 @@
+"""TensorBoard's event files, from tensorboardX's parts.
+
+Not with its writer: once a full disk has ended the thread in there, the next events wait for ever.
+"""
+
+import math
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+from vmapbn_flax.files import AppendFile
+
+
+class EventFile(AppendFile):
+    """A new event file in `directory`; what earlier ones say of `first_step` and later is void."""
+
+    def __init__(self, directory: Path, first_step: int):
+        now = time.time_ns()  # a name of its own, and the order in which TensorBoard reads them
+        super().__init__(directory / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}")
+        self._append(file_version="brain.Event:2")
+        self._append(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalars(self, scalars: Mapping[str, float | int], step: int | None = None) -> None:
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
+        self._append(step=step, summary=Summary(value=values))
+
+    def add_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
+        """Fills the hparams tab; a result of None is NaN there."""
+        # TensorBoard has no lists, and tensorboardX leaves out what it has no type for.
+        hparams = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
+        results = {key: math.nan if value is None else value for key, value in results.items()}
+        for part in summary.hparams(hparams, results):
+            self._append(summary=part)
+        self.add_scalars(results)
+
+    def _append(self, **content: object) -> None:
+        """Writes a TFRecord: the length and the event, each followed by its checksum."""
+        event = Event(wall_time=time.time(), **content).SerializeToString()
+        parts = (struct.pack("<Q", len(event)), event)
+        self.write(b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts))
