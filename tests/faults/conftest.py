@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 from program import CONFIG, Program
 
+from vmapbn_flax.checkpoint import saved_steps
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
@@ -29,6 +31,22 @@ def undisturbed(program, tmp_path_factory):
         assert status == 0, (place / "log").read_text()
     seconds = time.monotonic() - started
     return SimpleNamespace(workdir=workdir, seconds=seconds, changes=int((place / "count").read_text()))
+
+
+@pytest.fixture(scope="session")
+def killed(program, tmp_path_factory):
+    """The workdir of a run killed after step 26; its two newest checkpoints are of 21 and 24."""
+    place = tmp_path_factory.mktemp("killed")
+    program.run(
+        "train",
+        CONFIG,
+        f"--workdir={place}/run",
+        log=place / "log",
+        name="vmapbn_flax.checkpoint:Checkpoints.save",
+        call=9,
+    )
+    assert saved_steps(place / "run" / "checkpoints")[-2:] == [21, 24]
+    return place / "run"
 
 
 @pytest.fixture

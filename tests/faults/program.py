@@ -21,6 +21,7 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 CONFIG = "--config=tests/faults/config.py"
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+PROGRAMS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 
 
 class Program:
@@ -120,24 +121,21 @@ def _inject(
     """
     changes = calls = 0
 
-    def is_change(event: str, arguments: tuple) -> bool:
-        return event in CHANGES or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
-
     def before_change(event: str, arguments: tuple) -> None:
         nonlocal changes
-        if is_change(event, arguments) and str(arguments[0]).startswith(inside):
+        path = _changed(event, arguments)
+        if path.startswith(inside):
             changes += 1
             if changes == change:
-                os.write(2, f"killed before {event} of {arguments[0]}\n".encode())
+                os.write(2, f"killed before {event} of {path}\n".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def suspect(event: str, arguments: tuple) -> None:
-        first = str(arguments[0]) if arguments else ""
-        if event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
-            os.write(2, f"watched: {event} {arguments}\n".encode())
-        elif event in ("compile", "import", "exec") and (watch in str(arguments) or "antigravity" in str(arguments)):
-            os.write(2, f"watched: {event} {arguments}\n".encode())
-        elif is_change(event, arguments) and not first.startswith((watch, os.environ["JAX_COMPILATION_CACHE_DIR"])):
+        path, allowed = _changed(event, arguments), (watch, os.environ["JAX_COMPILATION_CACHE_DIR"])
+        foreign = event in ("compile", "import", "exec") and any(
+            word in str(arguments) for word in (watch, "antigravity")
+        )
+        if foreign or event in PROGRAMS or (path and not path.startswith(allowed)):
             os.write(2, f"watched: {event} {arguments}\n".encode())
 
     if watch:
@@ -166,6 +164,18 @@ def _inject(
             return original(*args, **kwargs)
 
         setattr(owner, attribute, wrapped)
+
+
+def _changed(event: str, arguments: tuple) -> str:
+    """The path that an event is about to change; "" for another event."""
+    if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return str(arguments[0])
+    if event not in CHANGES:
+        return ""
+    directory = arguments[-1]  # what a relative name in os.remove and os.rmdir is relative to
+    if event in ("os.remove", "os.rmdir") and directory >= 0:
+        return str(Path(f"/proc/self/fd/{directory}").readlink() / arguments[0])
+    return str(arguments[0])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from runs import outcome
 
 
 def test_a_second_process_is_refused(run, undisturbed):
-    run.start(name="vmapbn_flax.programs:Programs.evaluate", call=3, seconds=60)
+    run.start(name="vmapbn_flax.checkpoint:Checkpoints.save", call=3, seconds=60)
     run.wait_for("waiting")
     (pid,) = {int(word) for word in (run.workdir / ".lock").read_text().split() if word.isdecimal()}
     files = {path: path.stat().st_mtime_ns for path in run.workdir.rglob("*")}
