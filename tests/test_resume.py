@@ -10,6 +10,7 @@ from vmapbn_flax import loop
 from vmapbn_flax.checkpoint import saved_steps
 from vmapbn_flax.flags import parse_config
 from vmapbn_flax.programs import Programs
+from vmapbn_flax.record import Record
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
 
@@ -245,13 +246,13 @@ FIGURES = [
 @pytest.fixture
 def evaluates_to(monkeypatch):
     """Has the evaluations, in their order, come out with certain accuracies."""
-    evaluate = Programs.evaluate
+    write = Record.evaluated
 
     def patch(figures):
-        def evaluated(self, state):
-            return evaluate(self, state) | {"test_accuracy": figures[int(state.step) // 3 - 1]}
+        def evaluated(self, step, measured):
+            write(self, step, {**measured, "test_accuracy": figures[step // 3 - 1]})
 
-        monkeypatch.setattr(Programs, "evaluate", evaluated)
+        monkeypatch.setattr(Record, "evaluated", evaluated)
 
     return patch
 

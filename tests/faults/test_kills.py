@@ -26,11 +26,11 @@ TOTAL = 30
 PHASES = {
     "data": "vmapbn_flax.loop:load_dataset",
     "restore": "vmapbn_flax.loop:restore_latest",
-    "log": "vmapbn_flax.loop:MetricWriter",
+    "log": "vmapbn_flax.record:MetricWriter",
     "config": "vmapbn_flax.loop:write_json",
     "compile": "vmapbn_flax.steps:take_batch",
     "train": "vmapbn_flax.programs:Programs.advance",
-    "evaluate": "vmapbn_flax.programs:Programs.evaluate",
+    "evaluate": "vmapbn_flax.programs:Programs.measure",
     "row": "vmapbn_flax.files:AppendLog.append",
     "save": "vmapbn_flax.checkpoint:Checkpoints.save",
     "commit": "vmapbn_flax.checkpoint:Checkpoints._write_sums",

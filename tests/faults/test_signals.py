@@ -13,7 +13,7 @@ from runs import leftovers, outcome
 from vmapbn_flax.checkpoint import saved_steps
 
 ADVANCE = "vmapbn_flax.programs:Programs.advance"
-EVALUATE = "vmapbn_flax.programs:Programs.evaluate"
+EVALUATE = "vmapbn_flax.programs:Programs.measure"
 
 
 @pytest.mark.parametrize(
