@@ -4,7 +4,6 @@
 line as `python -m vmapbn_flax` would, except that "small" is the data set of tests/small.py.
 """
 
-import atexit
 import functools
 import importlib
 import json
@@ -15,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
@@ -89,8 +89,10 @@ def _serve() -> None:
             log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            _inject(**request["fault"])
-            sys.exit(cli.main(request["argv"]))
+            at_end = _inject(**request["fault"])
+            status = cli.main(request["argv"])
+            at_end()
+            os._exit(status)  # whatever main left to be done now is lost; and tearing down takes a second
         print(pid, flush=True)
         sys.stdin.readline()
         print(os.waitpid(pid, 0)[1], flush=True)
@@ -105,8 +107,8 @@ def _inject(
     seconds: float = 0,
     file_limit: int = 0,
     watch: str = "",
-) -> None:
-    """Arranges what is to go wrong.
+) -> Callable[[], None]:
+    """Arranges what is to go wrong; what it returns is to be called at the end.
 
     Args:
       inside: a directory; the process dies before its `change`-th change to files in there.
@@ -144,8 +146,6 @@ def _inject(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if inside:
         sys.addaudithook(before_change)
-    if count:
-        atexit.register(lambda: Path(count).write_text(str(changes)))
     if name:
         module, _, path = name.partition(":")
         *parents, attribute = path.split(".")
@@ -164,6 +164,8 @@ def _inject(
             return original(*args, **kwargs)
 
         setattr(owner, attribute, wrapped)
+
+    return lambda: Path(count).write_text(str(changes)) if count else None
 
 
 def _changed(event: str, arguments: tuple) -> str:

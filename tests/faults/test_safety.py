@@ -103,7 +103,6 @@ def test_names_in_trees_are_not_imported(run, undisturbed, stopped, tmp_path):
 @pytest.mark.parametrize("name", ["../../out", "/tmp/out", "a/../../out"])
 def test_names_do_not_lead_out(run, stopped, tmp_path, name):
     """Of arrays, rows and fields: none is a path to write to."""
-    outside = sorted(path for path in tmp_path.iterdir() if path != stopped)
     paths = targets(stopped)
     rewrite(paths["config.json"], lambda config: config.update({name.replace(".", "_"): name}))
     rewrite(paths["meta"], lambda meta: meta.update({"step": name}))
@@ -111,9 +110,7 @@ def test_names_do_not_lead_out(run, stopped, tmp_path, name):
     with paths["metrics.jsonl"].open("a") as file:
         file.write(json.dumps({"step": 1, name: 1.0}) + "\n" + json.dumps({"step": 99, name: 1.0}) + "\n")
     assert run.finish(watch=str(stopped)) == 1  # another config
-    shutil.copy(paths["config.json"], tmp_path / "config")
     rewrite(paths["config.json"], lambda config: config.pop(name.replace(".", "_")))
     assert run.finish(watch=str(stopped)) == 0, run.lines()
-    (tmp_path / "config").unlink()
-    assert sorted(path for path in tmp_path.iterdir() if path != stopped) == outside
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "log"}
     assert not [line for line in run.lines() if line.startswith("watched")]
