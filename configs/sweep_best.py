@@ -1,4 +1,4 @@
-"""Draws of every number that this network's accuracy may hang on, selected on held-out examples.
+"""Draws of the numbers that this network's accuracy may hang on, selected on held-out examples.
 
 python train.py --config=configs/sweep_best.py
 """
@@ -9,12 +9,13 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.data.validation_size = 5000
-    config.train.num_epochs = 20.0
+    config.optimizer.name = "adamw"
+    config.train.num_epochs = 30.0
     config.sweep_options.mode = "random"
-    config.sweep_options.size = 32
-    config.sweep.model.batch_norm_momentum = (0.9, 0.99, 0.999)
-    config.sweep.optimizer.learning_rate = ("log_uniform", 3e-3, 1e-1)
-    config.sweep.optimizer.weight_decay = ("log_uniform", 1e-6, 1e-3)
+    config.sweep_options.size = 24
+    config.sweep.model.batch_norm_momentum = (0.9, 0.99)
+    config.sweep.optimizer.learning_rate = ("log_uniform", 3e-3, 3e-2)
+    config.sweep.optimizer.weight_decay = ("log_uniform", 3e-3, 1.0)
     config.sweep.optimizer.warmup_epochs = ("uniform", 0.0, 4.0)
     config.sweep.train.label_smoothing = ("uniform", 0.0, 0.2)
     return config

@@ -1,0 +1,13 @@
+"""`configs/best.py` from ten seeds, in one program: how much of its accuracy is luck.
+
+python train.py --config=configs/sweep_seeds.py
+"""
+
+from configs import best
+
+
+def get_config():
+    config = best.get_config()
+    config.data.validation_size = 5000
+    config.sweep.seed = tuple(range(10))
+    return config
