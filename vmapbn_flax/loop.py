@@ -81,7 +81,7 @@ class Run:
 
         restored = restore_latest(workdir / "checkpoints", programs.template())
         if restored is not None:
-            _require_fit(workdir, restored[1], config)
+            _require_fit(workdir, restored[1], config, programs.total_steps)
         self._state = programs.create() if restored is None else jax.device_put(restored[0])
         self._step = int(self._state.step)
         self._checkpoints = Checkpoints(workdir / "checkpoints")
@@ -237,9 +237,14 @@ class _Clock:
     seconds = 0.0
 
 
-def _require_fit(workdir: Path, meta: Mapping[str, Any], config: ConfigDict) -> None:
+def _require_fit(workdir: Path, meta: Mapping[str, Any], config: ConfigDict, total_steps: int) -> None:
     """Refuses to continue from a checkpoint, saved with `meta`, of another run, or without its rows."""
     resume_changes(meta["config"], config)
+    if meta["step"] > total_steps:
+        raise RunError(
+            f"{workdir}: got a checkpoint of step {meta['step']}, expected at most the {total_steps} of this run: its "
+            f"data set has shrunk. Use the data.dir it was made with, or another --workdir."
+        )
     path = workdir / "metrics.jsonl"
     count = sum(row["step"] <= meta["step"] for _, row in read_lines(path))
     if count < meta["rows"]:
