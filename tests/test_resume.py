@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import signal
@@ -54,17 +55,20 @@ def train(capsys, workdir):
 @pytest.fixture
 def stop(monkeypatch):
     """Has SIGTERM arrive at exactly one step."""
-    advance = Programs.advance
+    advance, next_stop = Programs.advance, loop.Run._next_stop
 
     def stop_at(target, signum=signal.SIGTERM):
-        def advance_to_target(self, state, step, count):
-            count = min(count, target - step) if step < target else count
+        def next_stop_or_target(self):
+            return min(next_stop(self), target) if self.step < target else next_stop(self)
+
+        def advance_and_signal(self, state, step, count):
             state = advance(self, state, step, count)
             if step + count == target:
                 signal.raise_signal(signum)
             return state
 
-        monkeypatch.setattr(Programs, "advance", advance_to_target)
+        monkeypatch.setattr(loop.Run, "_next_stop", next_stop_or_target)
+        monkeypatch.setattr(Programs, "advance", advance_and_signal)
 
     return stop_at
 
@@ -72,7 +76,7 @@ def stop(monkeypatch):
 # A log row is due every 4 steps and at 6, 12, ...; an evaluation every 3.
 @pytest.mark.parametrize(
     "stops",
-    [(1,), (4,), (7,), (15,), (30,), (5, 11, 17, 18), tuple(range(1, 8))],
+    [(1,), (7,), (4, 15), (30,), (5, 11, 17, 18), tuple(range(1, 8))],
     ids=str,
 )
 def test_stopped_and_resumed_is_never_stopped(train, stop, workdir, undisturbed, stops):
@@ -184,6 +188,18 @@ def test_another_config_is_refused(train, workdir, undisturbed, flag, change, wi
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_fewer_data_are_refused(train, workdir, undisturbed, monkeypatch):
+    """data.dir may change, and with it what lies there."""
+    shutil.copytree(undisturbed, workdir)
+    (workdir / "summary.json").unlink()
+    fewer = dataclasses.replace(small.dataset(), train=small.dataset().train[:64])
+    monkeypatch.setattr(loop, "load_dataset", lambda *where: fewer)
+    monkeypatch.setattr(loop, "Programs", Programs)
+    status, lines = train()
+    assert (status, len(lines)) == (1, 1)
+    assert "got a checkpoint of step 30, expected at most the 20 of this run: its data set has shrunk" in lines[0]
+
+
 def test_a_lost_config_comes_back(train, workdir, undisturbed):
     shutil.copytree(undisturbed, workdir)
     (workdir / "config.json").unlink()
@@ -203,13 +219,13 @@ def test_cadences_may_change(train, stop, workdir, undisturbed):
 
 
 def test_an_evaluation_that_comes_late_counts(train, stop, workdir):
-    """Step 11 was saved for a signal; evaluated more often now, it may be the best."""
-    stop(11)
+    """Step 29 was saved for a signal; evaluated more often now, it may be the best."""
+    stop(29)
     assert train()[0] == 143
     stop(0)
     assert train("--config.train.eval_every=0.16")[0] == 0
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert 11 in [row["step"] for row in rows if "test_loss" in row]
+    assert 29 in [row["step"] for row in rows if "test_loss" in row]
     check_best(workdir)
 
 
@@ -235,11 +251,9 @@ NAN = float("nan")
 FIGURES = [
     [0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8],
     [0.5, 0.9, 0.2, 0.9, 0.4, 0.5, 0.9, 0.7, 0.8, 0.8],  # equals: the latest
-    [0.5] * 10,
     [0.9] + [NAN] * 9,
     [NAN, 0.3, NAN, NAN, 0.2, NAN, NAN, NAN, NAN, 0.1],
     [NAN] * 10,
-    [0.1] * 9 + [NAN],
 ]
 
 
@@ -258,7 +272,7 @@ def evaluates_to(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("figures", "stops"), [*((figures, ()) for figures in FIGURES), (FIGURES[1], (10, 20)), (FIGURES[4], (7,))], ids=str
+    ("figures", "stops"), [*((figures, ()) for figures in FIGURES), (FIGURES[1], (10, 20)), (FIGURES[3], (7,))], ids=str
 )
 def test_best_has_its_checkpoint(train, stop, workdir, evaluates_to, figures, stops):
     evaluates_to(figures)

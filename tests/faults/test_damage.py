@@ -33,12 +33,7 @@ def halve_files(path):
             os.truncate(file, file.stat().st_size // 2)
 
 
-def delete_half(path):
-    for file in sorted(file for file in path.rglob("*") if file.is_file())[::2]:
-        file.unlink()
-
-
-@pytest.mark.parametrize("damage", [flip_bits, halve_files, delete_half])
+@pytest.mark.parametrize("damage", [flip_bits, halve_files])
 def test_the_newest_checkpoint(run, undisturbed, stopped, damage):
     damage(stopped / "24")
     assert run.finish() == 0, run.lines()
