@@ -89,12 +89,12 @@ class Run:
         restored = restore_latest(directory / "checkpoints", programs.template())
         self.step = 0 if restored is None else restored[1]["step"]
         if restored is not None:
+            self._require_fit(restored[1])
             if self.step > programs.total_steps:
                 raise RunError(
-                    f"{directory}: got a checkpoint of step {self.step}, expected at most the {programs.total_steps} of "
-                    f"this run: its data set has shrunk. Use the data.dir it was made with, or another --workdir."
+                    f"{directory}: got a checkpoint of step {self.step}, expected at most the {programs.total_steps} "
+                    f"of this run: its data set has shrunk. Use the data.dir it was made with, or another --workdir."
                 )
-            self._require_fit(restored[1])
         self._state = programs.create() if restored is None else programs.place(restored[0])
         self._checkpoints = Checkpoints(directory / "checkpoints")
         for record in self._active():
