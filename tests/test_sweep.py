@@ -176,7 +176,7 @@ def test_random():
 @pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_width, sweep_best])
 def test_configs(module):
     members = expand(module.get_config())
-    sizes = {sweep_lr: [15], sweep_norm: [5, 5, 5], sweep_width: [3, 3, 3, 3], sweep_best: [32]}[module]
+    sizes = {sweep_lr: [15], sweep_norm: [5, 5, 5], sweep_width: [3, 3, 3, 3], sweep_best: [24]}[module]
     assert [len(together) for together in group(members)] == sizes
 
 
