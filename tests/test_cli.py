@@ -484,3 +484,21 @@ def test_help(capsys):
         assert part in text
     for path in re.findall(r"configs/\w+\.py", text):
         assert (ROOT / path).exists()
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    """In the user's cache directory, for the next process, which then gets the same numbers."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    entries, metrics = [], []
+    for number in range(2):
+        argv = ["--config=configs/tiny.py", "--config.train.num_epochs=0.1", "--config.optimizer.warmup_epochs=0.0"]
+        workdir = tmp_path / str(number)
+        subprocess.run(
+            [sys.executable, "train.py", *argv, f"--workdir={workdir}"], cwd=ROOT, env=environment, check=True
+        )
+        entries.append(sorted((tmp_path / "cache" / "vmapbn_flax").iterdir()))
+        metrics.append((workdir / "metrics.jsonl").read_bytes())
+    assert any("train_steps" in path.name for path in entries[0])
+    assert entries[0] == entries[1]
+    assert metrics[0] == metrics[1]

@@ -1,6 +1,8 @@
 """The command line: `python train.py ...` and `python -m vmapbn_flax <command> ...`."""
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
 import time
@@ -20,6 +22,7 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     started = time.monotonic() if started is None else started
     try:
         with signals.raised():
+            _keep_compiled_programs()
             arguments, rest = _parser().parse_known_args(argv)
             return arguments.run(arguments, rest, started) or 0
     except UserError as error:
@@ -35,6 +38,16 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     except OSError as error:
         where = error.filename or "the operating system"
         return _report(f"{where}: got {error.strerror or error}; expected to read or write there", 1)
+
+
+def _keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache directory, unless JAX's own settings name another or none."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
+        with contextlib.suppress(OSError):  # one that cannot be written is done without
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _report(message: str, status: int) -> int:

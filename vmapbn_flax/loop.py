@@ -86,6 +86,7 @@ class Run:
         self._seconds: dict[str, float] = defaultdict(float)
         self._eval_steps = max(1, steps_in(self._config.train.eval_every, programs.steps_per_epoch))
 
+        programs.compile_ahead()
         restored = restore_latest(directory / "checkpoints", programs.template())
         self.step = 0 if restored is None else restored[1]["step"]
         if restored is not None:

@@ -122,15 +122,18 @@ def learning_rate(optimizer: ConfigDict, hyper: Hyperparameters, step: Int[Array
 def make_optimizer(
     optimizer: ConfigDict, hyper: Hyperparameters, learning_rate: Float[Array, ""] | float
 ) -> optax.GradientTransformation:
-    """`config.optimizer` at one learning rate; its state does not depend on any number."""
+    """`config.optimizer` at one learning rate; its state does not depend on any number.
+
+    The moments of all parameters lie in one vector, which a CPU goes through in one pass.
+    """
     decay = optax.add_decayed_weights(
         hyper.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     )
-    adam = optax.scale_by_adam(hyper.adam_b1, hyper.adam_b2)
+    adam = optax.flatten(optax.scale_by_adam(hyper.adam_b1, hyper.adam_b2))
     transformations = {
         "adam": (decay, adam),
         "adamw": (adam, decay),
-        "sgd": (decay, optax.trace(hyper.sgd_momentum)),
+        "sgd": (decay, optax.flatten(optax.trace(hyper.sgd_momentum))),
     }
     return optax.chain(*transformations[optimizer.name], optax.scale_by_learning_rate(learning_rate))
 

@@ -29,6 +29,8 @@ class Batch(NamedTuple):
     mask: Bool[Array, " batch"] | None = None
 
 
+_LARGEST_GRADIENT = float(np.sqrt(np.finfo(np.float32).max))
+
 TrainStep = Callable[[TrainState, Hyperparameters, Batch], tuple[TrainState, TrainMetrics]]
 
 
@@ -54,7 +56,7 @@ def take_batch(
 ) -> Batch:
     """The `number`-th batch of an epoch in the order of `permutation`."""
     rows = lax.dynamic_slice_in_dim(permutation, number * size, size)
-    return Batch(images[rows], labels[rows])
+    return Batch(images.at[rows].get(mode="promise_in_bounds"), labels.at[rows].get(mode="promise_in_bounds"))
 
 
 def make_loss(config: ConfigDict, num_classes: int) -> Callable:
@@ -89,9 +91,9 @@ def make_loss(config: ConfigDict, num_classes: int) -> Callable:
 def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
     """The step that is mapped over members, sharded over devices and looped over batches.
 
-    Where the loss or the gradients' norm is not finite, parameters, optimizer and statistics stay as they were,
-    and the step is counted as skipped. After `train.max_skipped_steps` of those in a row nothing moves
-    any more, the step itself included.
+    Where the loss is not finite, or a gradient is not or has no finite square, parameters, optimizer and statistics
+    stay as they were, and the step is counted as skipped. After `train.max_skipped_steps` of those in a row nothing
+    moves any more, the step itself included.
     """
     loss = make_loss(config, num_classes)
 
@@ -106,8 +108,9 @@ def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
         )
 
         frozen = state.skipped_in_a_row >= config.train.max_skipped_steps
-        # The norm, since gradients whose squares overflow would stay in Adam's second moment for ever.
-        finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads))
+        # Squares that overflow would stay in Adam's second moment for ever. NaN compares as false.
+        bounded = [jnp.all(jnp.abs(grad) < _LARGEST_GRADIENT) for grad in jax.tree.leaves(grads)]
+        finite = jnp.isfinite(value) & jnp.all(jnp.stack(bounded))
         moved = state.replace(
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
