@@ -46,7 +46,7 @@ def sweep_config(sweep=None, **changes):
     return config.lock()
 
 
-def small_dataset(name, data_dir, validation_size):
+def small_dataset(name, data_dir, validation_size, memory_limit=2.0):
     train = small.dataset().train
     return dataclasses.replace(small.dataset(), train=train[:-validation_size], validation=train[-validation_size:])
 

@@ -46,9 +46,10 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
     refuse_unfinished_member(workdir)
     if (workdir / REFRESHED).exists():
         raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead")
-    dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
+    data = config.data
+    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
     programs = Programs(config, dataset)  # the last to find fault with the config: nothing is written before
-    with workdir_lock(workdir):
+    with contextlib.closing(programs), workdir_lock(workdir):
         saved = workdir / "config.json"
         changes = resume_changes(read_json(saved), config) if saved.exists() else None
         if summary := _finished(workdir, changes):
@@ -114,7 +115,8 @@ class Run:
         where = f"resuming at step {self.step}" if self.step else "starting"
         console.say(
             f"{self._directory}: {where} of {self._programs.total_steps} steps, {count:,} parameters, "
-            f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples), "
+            f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples"
+            f"{', streamed' if dataset.streamed else ''}), "
             f"on {console.device_name()}"
         )
 

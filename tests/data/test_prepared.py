@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from vmapbn_flax.data import Split, load_dataset, prepared
+from vmapbn_flax.data import Split, arrays, load_dataset
 from vmapbn_flax.errors import UsageError
 
 DIGITS = tfds.features.FeaturesDict(
@@ -74,7 +74,7 @@ def caches(tmp_path, monkeypatch):
         raise AssertionError("the program downloads nothing")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(prepared, "_BLOCK", 32)
+    monkeypatch.setattr(arrays, "_BLOCK", 32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     return tmp_path / "cache" / "vmapbn_flax"
