@@ -4,9 +4,11 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import jax
 import numpy as np
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vmapbn_flax.data import Dataset, Examples, Split
@@ -17,7 +19,7 @@ _WINDOW_BYTES = 16e6  # at the most, unless a batch is larger: a second or two o
 _NOWHERE = -2  # no window, nor the one before any
 
 Window = TypeVar("Window")
-Arrays = tuple[Any, Any]  # images and labels on the device
+Arrays = tuple[Array, Array]  # images and labels on the device
 
 
 class Stream:
@@ -52,11 +54,11 @@ class Stream:
         self._window_steps = -(-self._epoch_steps // -(-self._epoch_steps // most))  # none much shorter than the rest
         self._epoch_windows = -(-self._epoch_steps // self._window_steps)
         self._end = self._locate(num_steps - 1)[0] + 1
-        self._in_order = np.arange(self._window_steps * self._batch_size, dtype=np.int32)
+        self._in_order = jax.device_put(np.arange(self._window_steps * self._batch_size, dtype=np.int32))
         self._windows: Iterator[Arrays] | None = None
         self.close()
 
-    def position(self, step: int) -> tuple[Any, Any, np.ndarray, np.int32]:
+    def position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
         """The window that `step` is in, its order, and the number of the batch there; another one is let go.
 
         Raises:
@@ -96,11 +98,11 @@ class Stream:
     def _read(self, number: int, stopped: Callable[[], bool]) -> Arrays:
         return self._put(gather(self._train, self._rows(number), len(self._in_order), stopped))
 
-    def batches(self, split: Examples) -> Iterator[tuple[Any, Any, np.int32]]:
+    def batches(self, split: Examples) -> Iterator[tuple[Array, Array, np.int32]]:
         """Images and labels of `split`, a batch of evaluation at a time, and how many of them are not blank."""
         size = self._eval_batch_size
 
-        def read(number: int, stopped: Callable[[], bool]) -> tuple[Any, Any, np.int32]:
+        def read(number: int, stopped: Callable[[], bool]) -> tuple[Array, Array, np.int32]:
             rows = np.arange(number * size, min((number + 1) * size, len(split)))
             return (*self._put(gather(split, rows, size, stopped)), np.int32(len(rows)))
 
