@@ -1,6 +1,5 @@
 """What a sweep is going to do: who trains with whom, fixed in its ledger and said before anything runs."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class Datasets:
         if self._dataset.streamed:  # each member would have windows of its own, in its own order
             raise UsageError(
                 f"config.data.memory_limit: got {data.memory_limit}, expected at least "
-                f"{math.ceil(self._dataset.nbytes / 1e7) / 100}, for {data.name}, which the members of a sweep share in memory. "
+                f"{self._dataset.gigabytes}, for {data.name}, which the members of a sweep share in memory. "
                 f"Raise it with --config.data.memory_limit=..., or train the members one by one."
             )
         return self._dataset

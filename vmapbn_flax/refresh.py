@@ -1,7 +1,6 @@
 """`python -m vmapbn_flax refresh`: running statistics recomputed exactly, over the whole training set."""
 
 import contextlib
-import math
 import shutil
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float
     if dataset.streamed:
         raise UsageError(
             f"config.data.memory_limit: got {data.memory_limit}, expected at least "
-            f"{math.ceil(dataset.nbytes / 1e7) / 100}, for {dataset.name}, whose training set is taken as one batch. "
+            f"{dataset.gigabytes}, for {dataset.name}, whose training set is taken as one batch. "
             f"With memory for many times that, raise it in {workdir / 'config.json'}."
         )
     programs = Programs(config, dataset)

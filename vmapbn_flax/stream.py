@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax.data import Dataset, Examples, Split
 from vmapbn_flax.data.arrays import gather
 
-_WINDOW_BYTES = 16e6  # at the most, unless a batch is larger: a second or two of decoding
+_WINDOW_BYTES = 4e6  # at the most, unless a batch is larger: about as much as is decoded in a second
 
 _NOWHERE = -2  # no window, nor the one before any
 

@@ -88,6 +88,11 @@ class Dataset:
         """What all splits take as arrays."""
         return sum(split.nbytes for split in (self.train, self.test, self.validation) if split is not None)
 
+    @property
+    def gigabytes(self) -> float:
+        """The smallest memory limit, to a hundredth, that this fits."""
+        return math.ceil(self.nbytes / 1e7) / 100
+
 
 def gather(
     examples: Examples,
