@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     data.name = "mnist"  # "mnist" is bundled; any other is a prepared tensorflow-datasets set
     data.dir = ""  # where the data lies; "": the bundled files, $TFDS_DATA_DIR or ~/tensorflow_datasets
     data.validation_size = 0  # examples held out from the end of the training set, for selection
+    data.memory_limit = 2.0  # gigabytes; a set that is larger as arrays is streamed from its files, a little at a time
 
     config.model = model = ConfigDict()
     model.norm = "vmap"  # "vmap": one-example network; "batched": the textbook's; "none": no batch norm

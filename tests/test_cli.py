@@ -55,6 +55,7 @@ VALUES = {
     "seed": ["-1", "4294967296", "99999999999999999999"],
     "data.name": [""],
     "data.validation_size": ["-1"],
+    "data.memory_limit": ["0", "-1", "nan", "inf"],
     "model.norm": ["layer", ""],
     "model.hidden": ["()", "(0,)", "(16,-1)", "(16,2.5)", "(16,x)", "wide"],
     "model.batch_norm_momentum": ["1", "-0.1", "nan", "0.999999999999"],

@@ -42,6 +42,8 @@ INVALID = [
     ("seed", 2**32),
     ("data.name", ""),
     ("data.validation_size", -1),
+    ("data.memory_limit", 0.0),
+    ("data.memory_limit", INF),
     ("model.norm", "layer"),
     ("model.hidden", ()),
     ("model.hidden", (100, 0)),
@@ -147,6 +149,7 @@ def test_lists_are_tuples():
     [
         ("train.num_epochs", 40.0),
         ("data.dir", "elsewhere"),
+        ("data.memory_limit", 0.5),
         ("train.log_every", 1),
         ("train.eval_every", 2.0),
         ("train.eval_batch_size", 7),

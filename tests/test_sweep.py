@@ -26,6 +26,8 @@ from vmapbn_flax.ledger import Ledger
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.state import TRACED_FIELDS, make_hyperparameters
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 ROOT = Path(__file__).parents[1]
 BASE = {"data__validation_size": 20, "train__log_every": 3, "train__eval_every": 1.4, "optimizer__name": "sgd"}
 RATES, SEEDS = (0.01, 0.03, 0.1, 0.3), (0, 1)
@@ -46,7 +48,7 @@ def sweep_config(sweep=None, **changes):
     return config.lock()
 
 
-def small_dataset(name, data_dir, validation_size):
+def small_dataset(name, data_dir, validation_size, memory_limit=2.0):
     train = small.dataset().train
     return dataclasses.replace(small.dataset(), train=train[:-validation_size], validation=train[-validation_size:])
 
@@ -57,16 +59,6 @@ def small_data():
         patch.setattr(plan, "load_dataset", small_dataset)
         patch.setattr(loop, "load_dataset", small_dataset)
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Compiles a program once that many tests run: nearly all of their time otherwise."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @pytest.fixture
@@ -228,6 +220,14 @@ def test_bad_sweep_is_one_line(override, tmp_path, capsys):
 def test_sizes_are_checked_before_anything_is_written(tmp_path):
     with pytest.raises(UsageError, match=r"config\.train\.batch_size: got 81, expected at most the 80 training"):
         sweep.train_sweep(sweep_config({"train__batch_size": (16, 81)}), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_data_larger_than_its_limit_is_refused(tmp_path, monkeypatch):
+    streamed = dataclasses.replace(small_dataset("small", "", 20), streamed=True)
+    monkeypatch.setattr(plan, "load_dataset", lambda *where: streamed)
+    with pytest.raises(UsageError, match=r"config\.data\.memory_limit: got 2\.0, expected at least 0\.01, for mnist"):
+        sweep.train_sweep(sweep_config(), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 

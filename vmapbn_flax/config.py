@@ -24,6 +24,7 @@ _MAY_CHANGE = (
     "sweep_options.chunk",
     "sweep_options.on_failure",
     "data.dir",
+    "data.memory_limit",
     "train.log_every",
     "train.eval_every",
     "train.eval_batch_size",
@@ -70,6 +71,7 @@ def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
         ("seed", 0 <= config.seed < 2**32, "an integer in [0, 2**32)"),
         ("data.name", bool(config.data.name), "the name of a data set, such as mnist"),
         ("data.validation_size", config.data.validation_size >= 0, "a number of examples, 0 for none"),
+        ("data.memory_limit", 0 < config.data.memory_limit < math.inf, "a positive number of gigabytes"),
         ("model.norm", model.norm in _NORMS, f"one of {', '.join(_NORMS)}"),
         (
             "model.hidden",

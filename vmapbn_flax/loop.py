@@ -46,9 +46,10 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
     refuse_unfinished_member(workdir)
     if (workdir / REFRESHED).exists():
         raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead")
-    dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
+    data = config.data
+    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
     programs = Programs(config, dataset)  # the last to find fault with the config: nothing is written before
-    with workdir_lock(workdir):
+    with contextlib.closing(programs), workdir_lock(workdir):
         saved = workdir / "config.json"
         changes = resume_changes(read_json(saved), config) if saved.exists() else None
         if summary := _finished(workdir, changes):
@@ -86,7 +87,6 @@ class Run:
         self._seconds: dict[str, float] = defaultdict(float)
         self._eval_steps = max(1, steps_in(self._config.train.eval_every, programs.steps_per_epoch))
 
-        programs.compile_ahead()
         restored = restore_latest(directory / "checkpoints", programs.template())
         self.step = 0 if restored is None else restored[1]["step"]
         if restored is not None:
@@ -96,6 +96,7 @@ class Run:
                     f"{directory}: got a checkpoint of step {self.step}, expected at most the {programs.total_steps} "
                     f"of this run: its data set has shrunk. Use the data.dir it was made with, or another --workdir."
                 )
+        programs.compile_ahead(self.step)
         self._state = programs.create() if restored is None else programs.place(restored[0])
         self._checkpoints = Checkpoints(directory / "checkpoints")
         for record in self._active():
@@ -115,7 +116,8 @@ class Run:
         where = f"resuming at step {self.step}" if self.step else "starting"
         console.say(
             f"{self._directory}: {where} of {self._programs.total_steps} steps, {count:,} parameters, "
-            f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples), "
+            f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples"
+            f"{', streamed' if dataset.streamed else ''}), "
             f"on {console.device_name()}"
         )
 

@@ -59,13 +59,18 @@ def parity(config: ConfigDict) -> list[Difference]:
     validate(config)
     if config.model.norm == "none":
         raise UsageError("config.model.norm: got 'none', expected 'vmap' or 'batched': parity compares the two")
-    dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
-    programs = {}
+    data = config.data
+    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    programs = []
     for norm in ("vmap", "batched"):
         variant = config.copy_and_resolve_references()  # a deep copy: programs read it when they are compiled
         variant.model.norm = norm
-        programs[norm] = Programs(variant, dataset)
-    vmap, batched = programs["vmap"], programs["batched"]
+        programs.append(Programs(variant, dataset))
+    with contextlib.closing(programs[0]) as vmap, contextlib.closing(programs[1]) as batched:
+        return _compare_programs(vmap, batched, config)
+
+
+def _compare_programs(vmap: Programs, batched: Programs, config: ConfigDict) -> list[Difference]:
     count = min(_STEPS, vmap.steps_per_epoch, vmap.total_steps)
 
     first = [program.gradients(program.create(), step=0) for program in (vmap, batched)]

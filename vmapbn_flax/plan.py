@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax import console, mesh
 from vmapbn_flax.config import resume_changes
 from vmapbn_flax.data import Dataset, load_dataset
-from vmapbn_flax.errors import RunError
+from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.expand import Member, chunk, expand, group
 from vmapbn_flax.files import read_json, write_json
 from vmapbn_flax.group import member_bytes
@@ -24,9 +24,21 @@ class Datasets:
         self._key, self._dataset = None, None
 
     def of(self, config: ConfigDict) -> Dataset:
-        key = (config.data.name, config.data.dir, config.data.validation_size)
+        """The data set of a member.
+
+        Raises:
+          UsageError: it cannot be loaded, or is larger than the memory limit.
+        """
+        data = config.data
+        key = (data.name, data.dir, data.validation_size, data.memory_limit)
         if key != self._key:
             self._key, self._dataset = key, load_dataset(*key)
+        if self._dataset.streamed:  # each member would have windows of its own, in its own order
+            raise UsageError(
+                f"config.data.memory_limit: got {data.memory_limit}, expected at least "
+                f"{self._dataset.gigabytes}, for {data.name}, which the members of a sweep share in memory. "
+                f"Raise it with --config.data.memory_limit=..., or train the members one by one."
+            )
         return self._dataset
 
 

@@ -1,5 +1,8 @@
 """The compiled programs of a run, with the data they work on, on the device."""
 
+import contextlib
+import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +19,7 @@ from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.metrics import EvalMetrics, compute
 from vmapbn_flax.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
+from vmapbn_flax.stream import Stream
 
 # Compiles the initialisation in a fifth of the time.
 _UNOPTIMISED = {"xla_backend_optimization_level": 0}
@@ -32,7 +36,7 @@ _CPU_OPTIONS = {
 class Programs:
     """Creates, advances and evaluates the state of a run of `config` on `dataset`.
 
-    Each program is compiled when it is first called, the training step as soon as `compile_ahead` asks for it;
+    Each program is compiled when it is first called, the training step when `compile_ahead` is;
     `compile_seconds` says how long was waited for that in all.
 
     Raises:
@@ -49,13 +53,16 @@ class Programs:
         self.hyper = make_hyperparameters(config, self.steps_per_epoch)
         self.compile_seconds = 0.0
         self._seed, self._num_train = config.seed, len(dataset.train)
-        self._data = {"train": self._on_device(dataset.train)}
-        if dataset.validation is not None:
-            self._data["validation"] = self._on_device(dataset.validation)
-        self._data["test"] = self._on_device(dataset.test)
+        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+        self._splits = {name: split for name, split in splits.items() if split is not None}
+        self._stream = None
+        if dataset.streamed:
+            self._stream = Stream(config, dataset, self.total_steps, self._order, self._on_device)
+        else:
+            self._data = {name: self._on_device(split) for name, split in self._splits.items()}
         self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
 
-        num_classes, num_features = dataset.num_classes, self._data["train"][0].shape[1]
+        num_classes, num_features = dataset.num_classes, math.prod(dataset.train.image_shape)
         self._create = partial(create_state, config, num_classes, num_features)
         self._train_steps = steps.make_train_steps(config, num_classes)
         self._gradients = steps.make_gradients(config, num_classes)
@@ -70,15 +77,15 @@ class Programs:
         """The shapes and types of the state."""
         return jax.eval_shape(self._create, self.hyper)
 
-    def compile_ahead(self) -> None:
-        """Starts to compile the training step, beside whatever leads to the first one."""
-        if "train" in self._compiled:
+    def compile_ahead(self, step: int) -> None:
+        """Starts to compile what trains from `step` on, beside whatever else comes first."""
+        if "train" in self._compiled or step >= self.total_steps:
             return
         state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding),
             jax.eval_shape(self._create, self.hyper),
         )
-        arguments = (state, self.hyper, *self._position(0), np.int32(1))
+        arguments = (state, self.hyper, *self._position(step), np.int32(1))
         self._compiled["train"] = self._compiler.submit(self._compile, self._train_steps, arguments, donate=(0,))
 
     def create(self) -> TrainState:
@@ -87,15 +94,28 @@ class Programs:
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
         """`count` steps from `step`, the step of `state`, on, within one epoch; `state` is used up."""
-        position = self._position(step)
-        return self._call("train", self._train_steps, state, self.hyper, *position, np.int32(count), donate=(0,))
+        end = step + count
+        while step < end:
+            if self._stream:
+                jax.block_until_ready(state)  # whose steps work on the window that may be let go next
+                count = min(end - step, self._stream.steps_left(step))
+            arguments = (*self._position(step), np.int32(count))
+            state = self._call("train", self._train_steps, state, self.hyper, *arguments, donate=(0,))
+            del arguments
+            step += count
+        return state
 
     def gradients(self, state: TrainState, step: int) -> tuple[Array, PyTree]:
         """The logits of the batch that `step` trains on, `(batch, classes)`, and the loss's gradients."""
         return self._call("gradients", self._gradients, state, self.hyper, *self._position(step))
 
     def _position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
-        """The training set, its order in the epoch that `step` is in, and the number of the batch there."""
+        """The training set, its order in the epoch that `step` is in, and the number of the batch there.
+
+        Of a streamed one a window.
+        """
+        if self._stream:
+            return self._stream.position(step)
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, jax.device_put(self._order(epoch), self._sharding))
@@ -106,11 +126,18 @@ class Programs:
 
     def measure(self, state: TrainState) -> dict[str, EvalMetrics]:
         """The metrics of `state` on the validation split, if there is one, and the test split."""
-        return {
-            name: self._call(name, self._evaluate, state.params, state.batch_stats, self.hyper, *arrays)
-            for name, arrays in self._data.items()
-            if name != "train"
-        }
+        return {name: self._measure(name, state) for name in self._splits if name != "train"}
+
+    def _measure(self, name: str, state: TrainState) -> EvalMetrics:
+        variables = (state.params, state.batch_stats, self.hyper)
+        if self._stream is None:
+            return self._call(name, self._evaluate, *variables, *self._data[name])
+
+        def measure(batch: tuple) -> EvalMetrics:
+            return jax.device_get(self._call("evaluate", self._evaluate, *variables, *batch))
+
+        with contextlib.closing(self._stream.batches(self._splits[name])) as batches:
+            return functools.reduce(EvalMetrics.merge, map(measure, batches))  # in the order of the program's own loop
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """`figures` of what `measure` finds."""
@@ -136,6 +163,11 @@ class Programs:
     def learning_rate(self, step: int) -> Array:
         """The learning rate of the update that leads from `step` to `step + 1`."""
         return self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True)
+
+    def close(self) -> None:
+        """Ends what reads streamed data; if it is asked to train again it starts again."""
+        if self._stream:
+            self._stream.close()
 
     def _call(
         self, name: str, function: Callable, *arguments: Any, donate: Sequence[int] = (), once: bool = False

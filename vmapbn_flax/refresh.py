@@ -21,12 +21,20 @@ def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float
 
     Raises:
       RunError: `workdir` has no such checkpoint, or it is damaged.
-      UsageError: the run has no batch norm.
+      UsageError: the run has no batch norm, or its data set is larger than its memory limit.
     """
     config = load_config(workdir)
     if config.model.norm == "none":
         raise UsageError(f"{workdir}: got a run without batch norm, expected one that has statistics to refresh")
-    programs = Programs(config, load_dataset(config.data.name, config.data.dir, config.data.validation_size))
+    data = config.data
+    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    if dataset.streamed:
+        raise UsageError(
+            f"config.data.memory_limit: got {data.memory_limit}, expected at least "
+            f"{dataset.gigabytes}, for {dataset.name}, whose training set is taken as one batch. "
+            f"With memory for many times that, raise it in {workdir / 'config.json'}."
+        )
+    programs = Programs(config, dataset)
     state = load_state(workdir, step, programs)
     refreshed = state.replace(batch_stats=programs.population_statistics(state))
     figures = {"before": programs.evaluate(state), "after": programs.evaluate(refreshed)}

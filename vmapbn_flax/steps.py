@@ -170,7 +170,10 @@ def make_gradients(config: ConfigDict, num_classes: int) -> Callable[..., tuple[
 
 
 def make_evaluate(config: ConfigDict, num_classes: int) -> Callable[..., EvalMetrics]:
-    """`evaluate(params, batch_stats, hyper, images, labels) -> EvalMetrics`, each example counted once."""
+    """`evaluate(params, batch_stats, hyper, images, labels) -> EvalMetrics`, each example counted once.
+
+    Given a `count`, only as many of the first ones are.
+    """
     size = config.train.eval_batch_size
 
     def evaluate(
@@ -179,10 +182,11 @@ def make_evaluate(config: ConfigDict, num_classes: int) -> Callable[..., EvalMet
         hyper: Hyperparameters,
         images: UInt8[Array, "examples features"],
         labels: Int[Array, " examples"],
+        count: Int[Array, ""] | None = None,
     ) -> EvalMetrics:
         network = make_network(config.model, num_classes, hyper)
         variables = {"params": params, "batch_stats": batch_stats}
-        count = len(labels)
+        count = len(labels) if count is None else count
 
         def body(i: Array, metrics: EvalMetrics) -> EvalMetrics:
             rows = i * size + jnp.arange(size)

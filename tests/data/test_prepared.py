@@ -1,5 +1,4 @@
 import errno
-import io
 import os
 import re
 import shutil
@@ -7,46 +6,12 @@ import socket
 import sys
 
 import numpy as np
-import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+from prepare import DIGITS, as_examples, png, prepare
 
-from vmapbn_flax.data import Split, load_dataset, prepared
+from vmapbn_flax.data import Split, arrays, load_dataset
 from vmapbn_flax.errors import UsageError
-
-DIGITS = tfds.features.FeaturesDict(
-    {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
-)
-
-
-def png(image):
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(image).save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def prepare(root, examples, features=DIGITS):
-    """Prepares the data set `digits` in `root`; `examples` lists those of each split."""
-
-    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager):
-            return {split: enumerate(examples[split]) for split in examples}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    tfds.disable_progress_bar()
-    Digits(data_dir=root, file_format="array_record").download_and_prepare()
-    return root
-
-
-def as_examples(split):
-    return [{"image": png(i), "label": int(j)} for i, j in zip(split.images, split.labels, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +39,7 @@ def caches(tmp_path, monkeypatch):
         raise AssertionError("the program downloads nothing")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(prepared, "_BLOCK", 32)
+    monkeypatch.setattr(arrays, "_BLOCK", 32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     return tmp_path / "cache" / "vmapbn_flax"
@@ -354,3 +319,83 @@ def test_further_features_are_left_alone(tmp_path):
     root = prepare(tmp_path / "tfds", {"train": [example] * 2, "test": [example]}, more)
     expected = Split(np.stack([image] * 2), np.array([3, 3], np.int32))
     assert_equal(load_dataset("digits", str(root)), {"train": expected, "test": expected[:1]})
+
+
+# Larger than the memory it may take.
+
+TINY = 1e-9  # GB
+
+
+def test_larger_than_the_limit_is_read_by_number(root, digits, caches):
+    whole = load_dataset("digits", str(root), validation_size=10)
+    shutil.rmtree(caches)
+    streamed = load_dataset("digits", str(root), validation_size=10, memory_limit=TINY)
+    assert (streamed.streamed, whole.streamed) == (True, False)
+    assert (streamed.name, streamed.num_classes, streamed.nbytes) == ("digits", 10, whole.nbytes)
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation", "test"):
+        got, expected = getattr(streamed, split), getattr(whole, split)
+        assert (len(got), got.image_shape) == (len(expected), (28, 28))
+        assert got.nbytes == expected.nbytes == expected.images.nbytes + expected.labels.nbytes
+        rows = rng.integers(0, len(got), 50)
+        read = got.read(rows)
+        np.testing.assert_array_equal(read.images, expected.images[rows])
+        np.testing.assert_array_equal(read.labels, expected.labels[rows])
+    assert not caches.exists()
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_limit_itself_fits(root, digits):
+    num_bytes = 120 * (28 * 28 + 4)
+    assert not load_dataset("digits", str(root), memory_limit=num_bytes / 1e9).streamed
+    assert load_dataset("digits", str(root), memory_limit=(num_bytes - 1) / 1e9).streamed  # nor is the cache loaded
+    assert_equal(load_dataset("digits", str(root), memory_limit=num_bytes / 1e9), digits)
+
+
+def test_bundled_may_be_streamed():
+    mnist = load_dataset("mnist", validation_size=5, memory_limit=0.055)
+    assert mnist.streamed
+    assert not load_dataset("mnist", validation_size=5, memory_limit=0.056).streamed
+    np.testing.assert_array_equal(mnist.validation.read(np.array([4, 0])).images, mnist.validation.images[[4, 0]])
+
+
+def test_blocks_are_gathered(root, digits):
+    train = load_dataset("digits", str(root), memory_limit=TINY).train
+    rows = np.arange(99, 9, -1)  # in blocks of 32
+    got = arrays.gather(train, rows, size=95)
+    np.testing.assert_array_equal(got.images[:90], digits["train"].images[rows])
+    np.testing.assert_array_equal(got.labels[:90], digits["train"].labels[rows])
+    assert not got.images[90:].any()
+    assert not got.labels[90:].any()
+    answers = iter([False, True])
+    got = arrays.gather(train, rows, stopped=lambda: next(answers))
+    np.testing.assert_array_equal(got.images[:32], digits["train"].images[rows[:32]])
+    assert not got.images[32:].any()
+
+
+def test_damage_is_found_when_it_is_read(root):
+    zero_shards(root / "digits/1.0.0", keep_times=True)
+    train = load_dataset("digits", str(root), memory_limit=TINY).train  # without having read anything
+    with pytest.raises(UsageError, match=rf"^{root}/digits/1.0.0: got .+; expected a complete data set\. If .+: pip"):
+        train.read(np.array([0]))
+
+
+@pytest.mark.parametrize("memory_limit", [TINY, 1.0], ids=["streamed", "in_memory"])
+@pytest.mark.parametrize(
+    ("example", "match"),
+    [
+        ({**SMALL[0], "label": -1}, r"labels from -1 to 3 in the train split; expected 0 to 9\."),
+        (
+            {"image": png(np.zeros((14, 28), np.uint8)), "label": 3},
+            r"an image of shape \(14, 28, 1\), not \(28, 28, 1\)",
+        ),
+        ({"image": png(np.zeros((1, 1), np.uint8)), "label": 3}, r"an image of shape \(1, 1, 1\), not \(28, 28, 1\)"),
+    ],
+    ids=["label", "shape", "broadcastable_shape"],
+)
+def test_examples_are_checked_as_they_are_read(tmp_path, memory_limit, example, match):
+    root = prepare(tmp_path / "tfds", {"train": [SMALL[0], example], "test": SMALL})
+    with pytest.raises(UsageError, match=f"^{root}/digits/1.0.0: got .*{match}"):
+        arrays.gather(load_dataset("digits", str(root), memory_limit=memory_limit).train, np.array([0, 1]))
+    if memory_limit == TINY:
+        assert load_dataset("digits", str(root), memory_limit=TINY).train.read(np.array([0])).labels == 3

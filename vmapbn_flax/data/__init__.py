@@ -1,15 +1,16 @@
-"""Data sets as arrays in memory: the bundled MNIST, and what tensorflow-datasets has prepared."""
+"""Data sets, in memory or on the disk: the bundled MNIST, and what tensorflow-datasets has prepared."""
 
 import dataclasses
+import math
 
 from vmapbn_flax.data import bundled, prepared
-from vmapbn_flax.data.arrays import Dataset, Split
+from vmapbn_flax.data.arrays import Dataset, Examples, Split
 from vmapbn_flax.errors import UsageError
 
-__all__ = ["Dataset", "Split", "load_dataset"]
+__all__ = ["Dataset", "Examples", "Split", "load_dataset"]
 
 
-def load_dataset(name: str, data_dir: str = "", validation_size: int = 0) -> Dataset:
+def load_dataset(name: str, data_dir: str = "", validation_size: int = 0, memory_limit: float = math.inf) -> Dataset:
     """Loads a data set from this machine; nothing is ever downloaded.
 
     >>> from vmapbn_flax.data import load_dataset
@@ -24,11 +25,16 @@ def load_dataset(name: str, data_dir: str = "", validation_size: int = 0) -> Dat
         Any other name: tensorflow-datasets' directory, by default $TFDS_DATA_DIR or
         ~/tensorflow_datasets.
       validation_size: how many examples at the end of the training split become the validation split.
+      memory_limit: the most gigabytes that the images and labels may take as arrays. A larger data set is
+        `streamed`: a prepared one stays on the disk, its splits being read when they are asked; the bundled
+        one is in memory anyway.
 
     Raises:
       UsageError: the data is missing, damaged or not of this kind, or too small for `validation_size`.
     """
-    dataset = bundled.load(data_dir) if name == "mnist" else prepared.load(name, data_dir)
+    max_bytes = memory_limit * 1e9
+    dataset = bundled.load(data_dir) if name == "mnist" else prepared.load(name, data_dir, max_bytes)
+    dataset = dataclasses.replace(dataset, streamed=dataset.nbytes > max_bytes)
     train, size = dataset.train, validation_size
     if not 0 <= size < len(train):
         raise UsageError(

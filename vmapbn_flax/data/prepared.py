@@ -1,37 +1,39 @@
 """Image classification sets that tensorflow-datasets has prepared, read without TensorFlow.
 
-A prepared set is a directory `<data_dir>/<name>[/<config>]/<version>`. Its images are decoded once: the
-arrays stay in the user's cache directory until a file of the prepared set changes, and a set in the
-cache does not even import tensorflow-datasets.
+A prepared set is a directory `<data_dir>/<name>[/<config>]/<version>`. If its images fit in memory they are
+decoded once: the arrays stay in the user's cache directory until a file of the prepared set changes, and a
+set in the cache does not even import tensorflow-datasets.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import hashlib
 import logging
+import math
 import os
 import re
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vmapbn_flax.data.arrays import Dataset, Split
+from vmapbn_flax.data.arrays import Dataset, Split, gather
+from vmapbn_flax.data.records import SPLITS, first_line, open_records
 from vmapbn_flax.errors import UsageError
 
 _NAME = re.compile(r"(?P<set>[A-Za-z]\w*)(/(?P<config>\w[\w+.-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
-_SPLITS = ("train", "test")
-_BLOCK = 1024  # examples; read together they take a third of the time
-_CACHE_FORMAT = 1  # part of a cache's identity: count up when what it holds changes
+_CACHE_FORMAT = 2  # part of a cache's identity: count up when what it holds changes
 
 _log = logging.getLogger(__name__)
 
 
-def load(name: str, data_dir: str = "") -> Dataset:
+def load(name: str, data_dir: str = "", max_bytes: float = math.inf) -> Dataset:
     """The data set `name` as prepared in `data_dir`, or else in tensorflow-datasets' own default.
+
+    Its splits are arrays, or, if those would have more than `max_bytes`, records in its files.
 
     Raises:
       UsageError: it is not there, cannot be read, or is something else than image classification with
@@ -45,10 +47,15 @@ def load(name: str, data_dir: str = "") -> Dataset:
     directory = _find(name, root, command)
     identity = _identity(directory, command)
     cache = _cache_path(directory)
-    dataset = _read_cache(cache, name, identity)
-    if dataset is None:
-        dataset = _decode(name, directory, command)
-        _write_cache(cache, dataset, identity)
+    if (cached := _read_cache(cache, name, identity, max_bytes)) is not None:
+        return cached
+    records = open_records(name, directory, command)
+    if records.nbytes > max_bytes:
+        return records
+    _log.info("%s: decoding the images, this once", directory)
+    train, test = (gather(split, np.arange(len(split))) for split in (records.train, records.test))
+    dataset = dataclasses.replace(records, train=train, test=test)
+    _write_cache(cache, dataset, identity)
     return dataset
 
 
@@ -99,88 +106,6 @@ def _folders(directory: Path) -> list[Path]:
         ) from error
 
 
-def _decode(name: str, directory: Path, command: str) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    _log.info("%s: decoding the images, this once", directory)
-    try:
-        builder = tfds.builder_from_directory(directory)
-        _require_image_classification(builder, directory, command, tfds)
-        num_classes = builder.info.features["label"].num_classes
-        splits = [_decode_split(builder, split, tfds) for split in _SPLITS]
-    except UsageError:
-        raise
-    except Exception as error:  # whatever the libraries below make of a damaged file
-        raise UsageError(
-            f"{directory}: got {type(error).__name__} when reading ({_first_line(error)}); expected a "
-            f"complete data set. If a file is damaged, remove that directory and prepare it again: {command}"
-        ) from error
-    for split, (_, labels) in zip(_SPLITS, splits, strict=True):
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise UsageError(
-                f"{directory}: got labels from {labels.min()} to {labels.max()} in the {split} split; "
-                f"expected 0 to {num_classes - 1}. Choose a data set whose {split} labels are public."
-            )
-    train, test = (Split(images, labels.astype(np.int32)) for images, labels in splits)
-    return Dataset(name, num_classes, train, test)
-
-
-def _require_image_classification(builder: Any, directory: Path, command: str, tfds: Any) -> None:
-    info, wanted_format = builder.info, tfds.core.FileFormat.ARRAY_RECORD
-    if wanted_format not in info.available_file_formats():
-        raise UsageError(
-            f"{directory}: got files in the format {info.file_format.value}; expected {wanted_format.value}. "
-            f"Remove that directory, or choose another data.dir, and prepare it there: {command}"
-        )
-    features = dict(info.features.items())
-    image, label = features.get("image"), features.get("label")
-    if not (
-        isinstance(image, tfds.features.Image)
-        and None not in image.shape
-        and image.np_dtype == np.uint8
-        and isinstance(label, tfds.features.ClassLabel)
-        and label.num_classes
-    ):
-        got = ", ".join(f"{key}: {_describe(feature)}" for key, feature in sorted(features.items()))
-        raise UsageError(
-            f"{directory}: got features {got}; expected image: Image of one known size in uint8, and label: "
-            f"ClassLabel with a number of classes. Choose an image classification set of that kind."
-        )
-    counts = {split: info.splits[split].num_examples for split in info.splits}
-    if not all(counts.get(split) for split in _SPLITS):
-        got = ", ".join(f"{split} ({count} examples)" for split, count in counts.items())
-        raise UsageError(
-            f"{directory}: got the splits {got}; expected examples in {' and '.join(_SPLITS)}. "
-            f"Choose a data set that has both."
-        )
-
-
-def _describe(feature: Any) -> str:
-    """Such as "Image (None, None, 3) uint8"."""
-    if hasattr(feature, "num_classes"):
-        return f"{type(feature).__name__} of {feature.num_classes} classes"
-    return f"{type(feature).__name__} {feature.shape} {np.dtype(feature.np_dtype).name}"
-
-
-def _decode_split(builder: Any, split: str, tfds: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Images as in `Split`, and labels of any value in int64."""
-    wanted = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
-    undecoded = tfds.decode.DeserializeMethod.RAW_BYTES
-    source = builder.as_data_source(split, deserialize_method=undecoded, file_format="array_record")
-    images = np.empty((len(source), *wanted["image"].shape), np.uint8)
-    labels = np.empty(len(source), np.int64)
-    for start in range(0, len(source), _BLOCK):
-        records = source.__getitems__(range(start, min(start + _BLOCK, len(source))))
-        for i, record in enumerate(records, start):
-            example = wanted.deserialize_example_np(record)
-            images[i], labels[i] = example["image"], example["label"]
-    return (images[..., 0] if images.shape[-1] == 1 else images), labels
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")[:200]
-
-
 def _identity(directory: Path, command: str) -> str:
     """A digest that changes whenever the prepared files do."""
     try:
@@ -200,24 +125,25 @@ def _cache_path(directory: Path) -> Path:
     return caches / "vmapbn_flax" / f"{place}.npz"
 
 
-def _read_cache(path: Path, name: str, identity: str) -> Dataset | None:
+def _read_cache(path: Path, name: str, identity: str, max_bytes: float) -> Dataset | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as cache:
-            if cache["identity"].item() != identity:
+            if cache["identity"].item() != identity or cache["num_bytes"].item() > max_bytes:
                 return None
-            train, test = (Split(cache[f"{split}_images"], cache[f"{split}_labels"]) for split in _SPLITS)
+            train, test = (Split(cache[f"{split}_images"], cache[f"{split}_labels"]) for split in SPLITS)
             return Dataset(name, cache["num_classes"].item(), train, test)
     except FileNotFoundError:
         return None
     except Exception as error:  # zipfile checks a CRC, and a damaged header can raise anything
-        _log.warning("%s: got %s; the images are decoded again.", path, _first_line(error))
+        _log.warning("%s: got %s; the images are decoded again.", path, first_line(error))
         return None
 
 
 def _write_cache(path: Path, dataset: Dataset, identity: str) -> None:
     """Writes the cache whole or, with a warning, not at all."""
-    arrays = {"identity": np.array(identity), "num_classes": np.array(dataset.num_classes)}
-    for split in _SPLITS:
+    numbers = {"num_classes": dataset.num_classes, "num_bytes": dataset.nbytes}
+    arrays = {"identity": np.array(identity), **{name: np.array(number) for name, number in numbers.items()}}
+    for split in SPLITS:
         part = getattr(dataset, split)
         arrays |= {f"{split}_images": part.images, f"{split}_labels": part.labels}
     try:
