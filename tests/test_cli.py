@@ -17,8 +17,6 @@ from vmapbn_flax import loop
 from vmapbn_flax.checkpoint import saved_steps
 from vmapbn_flax.data import bundled
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
-
 ROOT = Path(__file__).parents[1]
 TINY = "--config=configs/tiny.py"
 
@@ -150,6 +148,10 @@ COMMANDS = {
     "unknown flag to refresh": (["refresh", "run", "--fast"], "got the unknown argument '--fast'"),
     "no output": (["plot", "run"], "required: -o/--output"),
     "no runs": (["plot", "-o", "x.png"], "required: workdir"),
+    "selftest of a sweep": (
+        ["selftest", "--config=configs/sweep_lr.py"],
+        "config.sweep: got values of .*learning_rate",
+    ),
     "parity without batch norm": (["parity", "--config=configs/no_bn.py"], "config.model.norm: got 'none', expected"),
 }
 

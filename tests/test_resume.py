@@ -13,8 +13,6 @@ from vmapbn_flax.flags import parse_config
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.record import Record
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
-
 TOTAL = 30  # 6 steps an epoch, for 5 epochs
 
 

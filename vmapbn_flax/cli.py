@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("parity", help="compare the vmapped and the batched network", allow_abbrev=False)
     command.set_defaults(run=_parity)
 
+    command = commands.add_parser("selftest", help="compare a resumed run with an undisturbed one", allow_abbrev=False)
+    command.set_defaults(run=_selftest)
+
     command = commands.add_parser("plot", help="lay runs over one another in a picture", allow_abbrev=False)
     command.add_argument("workdirs", type=_path, nargs="+", metavar="workdir")
     command.add_argument("-o", "--output", type=_path, required=True, help="the picture, a .png, .pdf or .svg")
@@ -149,6 +152,20 @@ def _parity(arguments: argparse.Namespace, rest: list[str], started: float) -> i
     header = ("vmapped against batched", "largest difference", "in ulps", "relative", "tolerance", "within")
     table(cells, header, file=sys.stdout)
     return 0 if all(row.within for row in rows) else 1
+
+
+def _selftest(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    config, _ = parse_config(rest)
+    from vmapbn_flax.console import table
+    from vmapbn_flax.selftest import selftest
+
+    found = selftest(config, rest)
+    cells = [
+        (what, size, f"NO: {len(different)} differ, first {different[0]}" if different else "yes")
+        for what, size, different in found
+    ]
+    table(cells, ("stopped and resumed against undisturbed", "compared", "equal"), file=sys.stdout)
+    return 1 if any(comparison.different for comparison in found) else 0
 
 
 def _plot(arguments: argparse.Namespace, rest: list[str], started: float) -> None:
