@@ -54,7 +54,7 @@ VALUES = {
     "data.name": [""],
     "data.validation_size": ["-1"],
     "model.norm": ["layer", ""],
-    "model.hidden": ["()", "(0,)", "(16,-1)", "(16,2.5)", "(16,x)", "wide"],
+    "model.hidden": ["()", "(0,)", "(16,-1)", "(16,2.5)", "(16,x)", "wide", "2000000000"],
     "model.batch_norm_momentum": ["1", "-0.1", "nan", "0.999999999999"],
     "model.batch_norm_epsilon": ["0", "-1e-5", "inf", "1e-60"],
     "model.ghost_batch_size": ["1", "3", "-2", "256"],
@@ -415,7 +415,7 @@ def test_out_of_memory(capsys, workdir):
     flags = ["--config.train.eval_batch_size=2000000000", "--config.train.num_epochs=1"]
     status, lines = command(capsys, "train", CONFIG, *flags, f"--workdir={workdir}")
     assert status == 1
-    assert re.fullmatch(r"error: got out of memory \(.*\); expected .*eval_batch_size.*", lines[-1])
+    assert re.fullmatch(r"error: got out of memory \(.*\); expected .* to fit. Lower .*eval_batch_size.*", lines[-1])
     assert saved_steps(workdir / "checkpoints") == []
 
 

@@ -1,4 +1,7 @@
-"""The command line: `python train.py ...` and `python -m vmapbn_flax <command> ...`."""
+"""The command line: `python train.py ...` and `python -m vmapbn_flax <command> ...`.
+
+What takes time to import is imported where it is used, by when `main` sees to signals and errors.
+"""
 
 import argparse
 import signal
@@ -8,18 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-
 from vmapbn_flax import signals
 from vmapbn_flax.errors import Interrupted, UsageError, UserError
-from vmapbn_flax.flags import parse_config
 
 
 def main(argv: Sequence[str], started: float | None = None) -> int:
     """Runs one command and returns its exit status; what goes wrong is one line on standard error."""
     started = time.monotonic() if started is None else started
     try:
-        with signals.raised():
+        with signals.fatal():
             arguments, rest = _parser().parse_known_args(argv)
             return arguments.run(arguments, rest, started) or 0
     except UserError as error:
@@ -27,10 +27,11 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     except Interrupted as stop:
         return _report(str(stop), stop.exit_status)
     except KeyboardInterrupt as stop:
-        return _report("stopped; the same command starts again", 128 + (stop.args or (signal.SIGINT,))[0])
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        return _report(signals.STOPPED, 128 + (stop.args or (signal.SIGINT,))[0])
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return _report(f"got out of memory ({error}); expected batches, train.eval_batch_size's too, to fit", 1)
+            hint = "Lower model.hidden, train.batch_size or train.eval_batch_size."
+            return _report(f"got out of memory ({error}); expected the network and its batches to fit. {hint}", 1)
         raise
     except OSError as error:
         where = error.filename or "the operating system"
@@ -110,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    from vmapbn_flax.flags import parse_config
+
     config, workdir = parse_config(rest)  # before the slow imports, so that a typo answers at once
     workdir = arguments.workdir or workdir
     from vmapbn_flax.config import is_sweep
@@ -143,6 +146,8 @@ def _refresh(arguments: argparse.Namespace, rest: list[str], started: float) -> 
 
 
 def _parity(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    from vmapbn_flax.flags import parse_config
+
     config, _ = parse_config(rest)
     from vmapbn_flax.console import table
     from vmapbn_flax.parity import parity
@@ -155,6 +160,8 @@ def _parity(arguments: argparse.Namespace, rest: list[str], started: float) -> i
 
 
 def _selftest(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    from vmapbn_flax.flags import parse_config
+
     config, _ = parse_config(rest)
     from vmapbn_flax.console import table
     from vmapbn_flax.selftest import selftest

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from vmapbn_flax import signals
 from vmapbn_flax.checkpoint import saved_steps
 from vmapbn_flax.config import validate, validate_sizes
 from vmapbn_flax.console import say
@@ -50,7 +51,7 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
     total = steps_in(config.train.num_epochs, len(dataset.train) // config.train.batch_size)
     log_every = min(config.train.log_every, max(1, total // 4))  # so that at the first row there is much to go
     flags = [*flags, f"--config.train.log_every={log_every}"]
-    with tempfile.TemporaryDirectory(prefix="selftest_") as directory:
+    with signals.raised(), tempfile.TemporaryDirectory(prefix="selftest_") as directory:
         straight, resumed = Path(directory, "straight"), Path(directory, "resumed")
         say(f"training {total} steps")
         _train(flags, straight)
