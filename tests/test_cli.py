@@ -28,10 +28,8 @@ def at_root(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
-    """ "small" by name, beside the others."""
-    load = loop.load_dataset
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_dataset", lambda name, *w: small.dataset() if name == "small" else load(name, *w))
+        patch.setattr(loop, "load_dataset", small.load)
         yield
 
 
