@@ -1,6 +1,7 @@
 """Whole runs to test with: commands in this process, and what a finished run leaves behind."""
 
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import jax
 import small
 from ml_collections import ConfigDict
 
-from vmapbn_flax.checkpoint import restore
+from vmapbn_flax.checkpoint import restore, saved_steps
 from vmapbn_flax.cli import main
 from vmapbn_flax.programs import Programs
+from vmapbn_flax.report import report
 
 CONFIG = f"--config={Path(__file__).parent}/faults/config.py"
 
@@ -23,16 +25,27 @@ def command(capsys, *argv):
 
 
 def outcome(workdir):
-    """All that a run ends with and that has to be the same however it was disturbed."""
+    """All that a run, or a sweep, ends with and that has to be the same however it was disturbed."""
+    files = {name: contents(workdir / name) for name in ("config.json", "metrics.jsonl", "accuracy.png", "sweep.png")}
+    if (workdir / "sweep.json").exists():
+        members = json.loads((workdir / "sweep.json").read_text())["members"]
+        printed = io.StringIO()
+        report(workdir, file=printed)
+        return files | {
+            "ledger": contents(workdir / "sweep.json"),
+            "report": printed.getvalue().replace(str(workdir), ""),
+            "members": {name: outcome(workdir / name) for name in members},
+        }
+    if not (workdir / "summary.json").exists():  # a member of a sweep that has diverged
+        return files | {"states": {step: state_bytes(workdir, step) for step in saved_steps(workdir / "checkpoints")}}
     summary = json.loads((workdir / "summary.json").read_text())
     del summary["seconds"]
-    return {
-        "config": (workdir / "config.json").read_text(),
-        "metrics": (workdir / "metrics.jsonl").read_text(),
-        "summary": summary,
-        "states": [state_bytes(workdir, summary[step]) for step in ("step", "best_step")],
-        "picture": (workdir / "accuracy.png").exists(),
-    }
+    states = {step: state_bytes(workdir, step) for step in (summary["step"], summary["best_step"])}
+    return files | {"summary": summary, "states": states}
+
+
+def contents(path):
+    return path.read_bytes() if path.exists() else None
 
 
 def state_bytes(workdir, step):
@@ -50,5 +63,4 @@ def leftovers(workdir):
 @functools.cache
 def _template(saved_config):
     config = ConfigDict(json.loads(saved_config))
-    dataset = small.dataset() if config.data.name == "small" else small.mnist()
-    return Programs(config, dataset).template()
+    return Programs(config, small.load(config.data.name, "", config.data.validation_size)).template()

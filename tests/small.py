@@ -33,8 +33,15 @@ def split(size, seed):
 
 
 @functools.cache
-def dataset():
-    return Dataset("small", CLASSES, split(100, seed=1), split(37, seed=2))
+def dataset(validation_size=0):
+    train, first = split(100, seed=1), 100 - validation_size
+    validation = train[first:] if validation_size else None
+    return Dataset("small", CLASSES, train[:first], split(37, seed=2), validation)
+
+
+def load(name, data_dir, validation_size, memory_limit=2.0):
+    """`load_dataset` to which "small" is one, too."""
+    return dataset(validation_size) if name == "small" else load_dataset(name, data_dir, validation_size)
 
 
 @functools.cache

@@ -302,7 +302,7 @@ def test_a_save_that_fails(directory, monkeypatch):
     save(directory, 1)
     checkpoints = Checkpoints(directory)
     with monkeypatch.context() as patch:
-        patch.setattr("vmapbn_flax.checkpoint.write_whole", full)
+        patch.setattr("vmapbn_flax.digest.write_whole", full)
         checkpoints.save(2, state(2), CONFIG)
         with pytest.raises(RunError, match=r"could not be saved \(OSError.*No space left.*That of step 1 is whole;"):
             checkpoints.wait()

@@ -17,8 +17,6 @@ from vmapbn_flax import loop
 from vmapbn_flax.checkpoint import saved_steps
 from vmapbn_flax.data import bundled
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
-
 ROOT = Path(__file__).parents[1]
 TINY = "--config=configs/tiny.py"
 
@@ -30,10 +28,8 @@ def at_root(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
-    """ "small" by name, beside the others."""
-    load = loop.load_dataset
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_dataset", lambda name, *w: small.dataset() if name == "small" else load(name, *w))
+        patch.setattr(loop, "load_dataset", small.load)
         yield
 
 
@@ -57,7 +53,7 @@ VALUES = {
     "data.validation_size": ["-1"],
     "data.memory_limit": ["0", "-1", "nan", "inf"],
     "model.norm": ["layer", ""],
-    "model.hidden": ["()", "(0,)", "(16,-1)", "(16,2.5)", "(16,x)", "wide"],
+    "model.hidden": ["()", "(0,)", "(16,-1)", "(16,2.5)", "(16,x)", "wide", "2000000000"],
     "model.batch_norm_momentum": ["1", "-0.1", "nan", "0.999999999999"],
     "model.batch_norm_epsilon": ["0", "-1e-5", "inf", "1e-60"],
     "model.ghost_batch_size": ["1", "3", "-2", "256"],
@@ -151,6 +147,10 @@ COMMANDS = {
     "unknown flag to refresh": (["refresh", "run", "--fast"], "got the unknown argument '--fast'"),
     "no output": (["plot", "run"], "required: -o/--output"),
     "no runs": (["plot", "-o", "x.png"], "required: workdir"),
+    "selftest of a sweep": (
+        ["selftest", "--config=configs/sweep_lr.py"],
+        "config.sweep: got values of .*learning_rate",
+    ),
     "parity without batch norm": (["parity", "--config=configs/no_bn.py"], "config.model.norm: got 'none', expected"),
 }
 
@@ -414,7 +414,7 @@ def test_out_of_memory(capsys, workdir):
     flags = ["--config.train.eval_batch_size=2000000000", "--config.train.num_epochs=1"]
     status, lines = command(capsys, "train", CONFIG, *flags, f"--workdir={workdir}")
     assert status == 1
-    assert re.fullmatch(r"error: got out of memory \(.*\); expected .*eval_batch_size.*", lines[-1])
+    assert re.fullmatch(r"error: got out of memory \(.*\); expected .* to fit. Lower .*eval_batch_size.*", lines[-1])
     assert saved_steps(workdir / "checkpoints") == []
 
 

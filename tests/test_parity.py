@@ -115,7 +115,7 @@ def test_exit_status(unchecked, monkeypatch, capsys, apart, status):
 
     row = module.Difference("outputs of the first batch", apart, apart / 1e-7, apart, 1e-5)
     monkeypatch.setattr(module, "parity", lambda config: [row._replace(relative=0.0), row])
-    monkeypatch.setattr(cli, "parse_config", lambda arguments: (small.config(), None))
+    monkeypatch.setattr("vmapbn_flax.flags.parse_config", lambda arguments: (small.config(), None))
     assert cli.main(["parity", "--config=configs/tiny.py"]) == status
     lines = capsys.readouterr().out.splitlines()
     assert sum(row.what in line for line in lines) == 2

@@ -4,6 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from vmapbn_flax import plot
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.plot import plot_runs
 
@@ -83,6 +84,24 @@ def test_gaps(tmp_path, rows):
     """A run that was never evaluated, or whose loss was not finite, is in the legend all the same."""
     plot_runs([run(tmp_path / "a", rows)], tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count('<g id="legend_') == 2
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "scale"),
+    [((0.1, 0.9), "logit"), ((1, 1), "linear"), ((0, 0), "linear"), ((0, 1), "linear"), ((0.5, 1), "linear")],
+)
+def test_accuracies_of_0_and_1(tmp_path, monkeypatch, accuracies, scale):
+    figures = []
+    monkeypatch.setattr(plot, "_write", lambda figure, output: figures.append(figure))
+    plot_runs(
+        [run(tmp_path / "a", ({"step": i, "test_accuracy": a} for i, a in enumerate(accuracies)))], tmp_path / "a.png"
+    )
+    axes = figures[0].axes[0]
+    axes.figure.draw_without_rendering()
+    assert axes.get_yscale() == scale
+    lowest, highest = axes.get_ylim()
+    assert lowest < min(accuracies)
+    assert max(accuracies) < highest
 
 
 def test_more_runs_than_styles(tmp_path):

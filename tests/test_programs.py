@@ -30,6 +30,13 @@ def test_template_is_the_state_s_shapes():
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
 
 
+def test_more_memory_than_there_is():
+    """An error at once, of what would keep the first step waiting for ever."""
+    programs = Programs(small.config(model__hidden=(10**12,)), small.dataset())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        programs.create()
+
+
 def test_advance_uses_its_state_up():
     state = small.programs().create()
     small.programs().advance(state, 0, 1)

@@ -6,14 +6,13 @@ import signal
 import pytest
 import small
 from runs import CONFIG, command, leftovers, outcome, state_bytes
+from test_metrics import scalars
 
 from vmapbn_flax import loop
 from vmapbn_flax.checkpoint import saved_steps
 from vmapbn_flax.flags import parse_config
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.record import Record
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
 
 TOTAL = 30  # 6 steps an epoch, for 5 epochs
 
@@ -101,6 +100,12 @@ def test_one_row_a_step_and_kind(undisturbed):
     assert train_rows == sorted({*range(4, TOTAL + 1, 4), *range(6, TOTAL + 1, 6)})
     assert test_rows == list(range(3, TOTAL + 1, 3))
     assert len(rows) == len(train_rows) + len(test_rows)
+
+
+def test_tensorboard_ranks_runs_by_figures(undisturbed):
+    shown = scalars(undisturbed)
+    assert {tag for tag, _ in shown if tag.startswith("hparam/")} == {"hparam/test_loss", "hparam/test_accuracy"}
+    assert shown["hparam/test_loss", 0] == shown["test_loss", TOTAL]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(train, workdir, undisturbed):

@@ -1,13 +1,10 @@
-import contextlib
 import dataclasses
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -48,16 +45,11 @@ def sweep_config(sweep=None, **changes):
     return config.lock()
 
 
-def small_dataset(name, data_dir, validation_size, memory_limit=2.0):
-    train = small.dataset().train
-    return dataclasses.replace(small.dataset(), train=train[:-validation_size], validation=train[-validation_size:])
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "load_dataset", small_dataset)
-        patch.setattr(loop, "load_dataset", small_dataset)
+        for module in (plan, loop):
+            patch.setattr(module, "load_dataset", lambda name, data_dir, size: small.dataset(size))
         yield
 
 
@@ -224,7 +216,7 @@ def test_sizes_are_checked_before_anything_is_written(tmp_path):
 
 
 def test_data_larger_than_its_limit_is_refused(tmp_path, monkeypatch):
-    streamed = dataclasses.replace(small_dataset("small", "", 20), streamed=True)
+    streamed = dataclasses.replace(small.dataset(20), streamed=True)
     monkeypatch.setattr(plan, "load_dataset", lambda *where: streamed)
     with pytest.raises(UsageError, match=r"config\.data\.memory_limit: got 2\.0, expected at least 0\.01, for mnist"):
         sweep.train_sweep(sweep_config(), tmp_path / "sweep")
@@ -298,7 +290,7 @@ def test_member_equals_its_run(eight, member, tmp_path):
 
 def test_batches_are_those_of_each_seed():
     configs = [member.config for member in expand(sweep_config({"seed": (3, 4, 5)}))]
-    dataset = small_dataset("", "", 20)
+    dataset = small.dataset(20)
     programs = GroupPrograms(configs, dataset, mesh.member_mesh(configs[0], 3))
     state = programs.advance(programs.create(), 0, 1)
     for config, member in zip(configs, programs.split(state), strict=True):
@@ -306,49 +298,27 @@ def test_batches_are_those_of_each_seed():
         small.assert_close(member, alone.advance(alone.create(), 0, 1))
 
 
-class Killed(BaseException):
-    """Ends a run in this process where a kill would."""
+def test_signal_saves(eight, tmp_path, monkeypatch):
+    advance, calls = GroupPrograms.advance, []
 
-
-@contextlib.contextmanager
-def killed_at(call, end):
-    """Calls `end` before the `call`-th stretch of steps in its block."""
-    calls, original = [], GroupPrograms.advance
-
-    def advance(*arguments):
+    def advance_and_signal(*arguments):
         calls.append(arguments)
-        if len(calls) == call:
-            end()
-        return original(*arguments)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return advance(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GroupPrograms, "advance", advance)
-        yield
-
-
-def raise_killed():
-    raise Killed
-
-
-@pytest.mark.parametrize("call", random.Random(0).sample(range(1, 13), 3))
-def test_killed_and_run_again(eight, call, tmp_path):
-    with killed_at(call, raise_killed), pytest.raises(Killed):
-        sweep.train_sweep(sweep_config(), tmp_path / "sweep")
-    assert {entry["status"] for entry in ledger_of(tmp_path / "sweep")["members"].values()} == {"running"}
-    with pytest.raises(RunError, match=r"got a member that its sweep is not done with .*--config=configs/saved\.py"):
-        loop.train(expand(sweep_config())[0].config, tmp_path / "sweep" / expand(sweep_config())[0].name)
-    sweep.train_sweep(sweep_config(), tmp_path / "sweep")
-    assert ledger_of(tmp_path / "sweep") == ledger_of(eight[0])
-    assert figures(tmp_path / "sweep") == figures(eight[0])
-
-
-def test_signal_saves(eight, tmp_path):
-    with killed_at(3, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted) as stop:
+    monkeypatch.setattr(GroupPrograms, "advance", advance_and_signal)
+    with pytest.raises(Interrupted) as stop:
         sweep.train_sweep(sweep_config(), tmp_path / "sweep")
     assert stop.value.exit_status == 143
-    saved_steps = [path.name for path in (tmp_path / "sweep/groups/0/checkpoints").iterdir()]
-    assert saved_steps == [str(ledger_of(tmp_path / "sweep")["members"]["learning_rate=0.01,seed=0"]["step"])]
+    name = "learning_rate=0.01,seed=0"
+    entry = ledger_of(tmp_path / "sweep")["members"][name]
+    assert entry["status"] == "running"
+    assert [path.name for path in (tmp_path / "sweep/groups/0/checkpoints").iterdir()] == [str(entry["step"])]
+    with pytest.raises(RunError, match=r"got a member that its sweep is not done with .*--config=configs/saved\.py"):
+        loop.train(expand(sweep_config())[0].config, tmp_path / "sweep" / name)
     sweep.train_sweep(sweep_config(), tmp_path / "sweep")
+    assert ledger_of(tmp_path / "sweep") == ledger_of(eight[0])
     assert figures(tmp_path / "sweep") == figures(eight[0])
 
 
@@ -362,7 +332,7 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         assert sweep.train_sweep(config, workdir).count("failed") == 0
     for name in ("learning_rate=0.01", "learning_rate=0.03"):
         assert (workdirs[0] / name / "metrics.jsonl").read_text() == (workdirs[1] / name / "metrics.jsonl").read_text()
-        template = Programs(healthy_config := expand(healthy)[0].config, small_dataset("", "", 20)).template()
+        template = Programs(healthy_config := expand(healthy)[0].config, small.dataset(20)).template()
         assert healthy_config.train.max_skipped_steps == 4
         states = [restore(workdir / name / "checkpoints", STEPS, template) for workdir in workdirs]
         small.assert_same_bits(*states)
@@ -497,14 +467,14 @@ TWO_DEVICES = """
 import json, sys
 import jax, numpy as np
 sys.path.insert(0, "tests")
-import test_sweep
+import small, test_sweep
 from vmapbn_flax import mesh
 from vmapbn_flax.expand import expand
 from vmapbn_flax.group import GroupPrograms
 
 configs = [member.config for member in expand(test_sweep.sweep_config({"seed": (0, 1, 2)}))]
 devices = mesh.member_mesh(configs[0], 3)
-programs = GroupPrograms(configs, test_sweep.small_dataset("", "", 20), devices)
+programs = GroupPrograms(configs, small.dataset(20), devices)
 state = programs.advance(programs.create(), 0, 5)
 state = programs.place(programs.gather(state))
 state = programs.advance(state, 5, 5)
@@ -525,28 +495,3 @@ def test_padded_members_on_two_devices(tmp_path):
     assert [int(arrays.pop("devices")) for arrays in found] == [1, 2]
     small.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
     assert {array.shape[0] for array in found[1].values()} == {3}
-
-
-@pytest.mark.slow
-def test_killed_process_and_run_again(tmp_path):
-    """SIGKILL at random moments of a real sweep in a process of its own."""
-    overrides = ["--config.model.hidden=(16,)", "--config.train.num_epochs=0.5", "--config.train.eval_every=0.05"]
-    overrides += ["--config.sweep.seed=(0,1)", "--config.optimizer.warmup_epochs=0.02", "--config.train.log_every=10"]
-    command = [sys.executable, "train.py", "--config=configs/sweep_lr.py", *overrides]
-
-    def start(workdir):
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment)
-
-    assert start(tmp_path / "whole").wait() == 0
-    rng = random.Random(time.time())
-    for _ in range(4):
-        process = start(tmp_path / "killed")
-        while process.poll() is None and not (tmp_path / "killed" / "groups/0/checkpoints").exists():
-            time.sleep(0.05)
-        time.sleep(3 * rng.random())
-        process.kill()
-        process.wait()
-    assert start(tmp_path / "killed").wait() == 0
-    assert ledger_of(tmp_path / "killed") == ledger_of(tmp_path / "whole")
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")

@@ -1,14 +1,12 @@
 """Checkpoints: orbax saves and restores them, a digest tells whether what came back is what was saved."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +16,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vmapbn_flax.console import say
+from vmapbn_flax.digest import Arrays, digest, require_whole, write_sums
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.files import write_whole
 
 State = TypeVar("State")
-Arrays = Mapping[str, np.ndarray]
 
-_SUMS = "SHA256"  # of a checkpoint's files, for `sha256sum --check`
 _PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of what orbax is still writing, and of what is being deleted
 
 # What orbax logs: dozens of lines a save, and, when one fails, tracebacks of what is raised as well: of its
@@ -90,8 +86,7 @@ class Checkpoints:
 
     def _write_sums(self) -> None:
         """What orbax calls when it has written all files, before it gives the directory its name."""
-        partial = _partial(self._saving)
-        write_whole(partial / _SUMS, "".join(f"{sha}  {name}\n" for name, sha in _file_sums(partial).items()))
+        write_sums(_partial(self._saving))
 
     def wait(self) -> None:
         """Returns once what was saved is on the disk, and deletes what that makes superfluous."""
@@ -137,17 +132,6 @@ class Checkpoints:
 def versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic and file formats a run depends on."""
     return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")}
-
-
-def digest(arrays: Arrays, meta: Mapping[str, Any]) -> str:
-    """SHA-256 over `meta` without its digest, and the names, types, shapes and bytes of `arrays`."""
-    sha = hashlib.sha256()
-    said = {key: value for key, value in meta.items() if key != "digest"}
-    sha.update(json.dumps(said, sort_keys=True).encode() + b"\n")
-    for name, array in sorted(arrays.items()):
-        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -206,7 +190,7 @@ class DamagedError(Exception):
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
-        _require_whole(path)
+        require_whole(path)
         saved = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
             path.absolute(),
             args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
@@ -224,24 +208,6 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + _PARTIAL)
-
-
-def _file_sums(path: Path) -> dict[str, str]:
-    """SHA-256 of the files of a checkpoint, as `sha256sum` lists them."""
-    files = sorted(file for item in ("meta", "state") for file in (path / item).rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def _require_whole(path: Path) -> None:
-    """Refuses a checkpoint of which a file changed.
-
-    orbax would notice most of what can happen to them, but on errors its threads print tracebacks when they like.
-    """
-    lines = [line.partition("  ") for line in (path / _SUMS).read_text().splitlines()]
-    saved, found = {name: sha for sha, _, name in lines}, _file_sums(path)
-    for name in sorted({*saved, *found}):
-        if saved.get(name) != found.get(name):
-            raise ValueError(f"{name} is {'not what was saved' if name in found else 'missing'}")
 
 
 def _reason(error: Exception) -> str:

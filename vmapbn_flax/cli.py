@@ -1,4 +1,7 @@
-"""The command line: `python train.py ...` and `python -m vmapbn_flax <command> ...`."""
+"""The command line: `python train.py ...` and `python -m vmapbn_flax <command> ...`.
+
+What takes time to import is imported where it is used, by when `main` sees to signals and errors.
+"""
 
 import argparse
 import contextlib
@@ -10,18 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-
 from vmapbn_flax import signals
 from vmapbn_flax.errors import Interrupted, UsageError, UserError
-from vmapbn_flax.flags import parse_config
 
 
 def main(argv: Sequence[str], started: float | None = None) -> int:
     """Runs one command and returns its exit status; what goes wrong is one line on standard error."""
     started = time.monotonic() if started is None else started
     try:
-        with signals.raised():
+        with signals.fatal():
             _keep_compiled_programs()
             arguments, rest = _parser().parse_known_args(argv)
             return arguments.run(arguments, rest, started) or 0
@@ -30,10 +30,11 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     except Interrupted as stop:
         return _report(str(stop), stop.exit_status)
     except KeyboardInterrupt as stop:
-        return _report("stopped; the same command starts again", 128 + (stop.args or (signal.SIGINT,))[0])
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        return _report(signals.STOPPED, 128 + (stop.args or (signal.SIGINT,))[0])
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return _report(f"got out of memory ({error}); expected batches, train.eval_batch_size's too, to fit", 1)
+            hint = "Lower model.hidden, train.batch_size or train.eval_batch_size."
+            return _report(f"got out of memory ({error}); expected the network and its batches to fit. {hint}", 1)
         raise
     except OSError as error:
         where = error.filename or "the operating system"
@@ -41,13 +42,12 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
 
 
 def _keep_compiled_programs() -> None:
-    """Keeps compiled programs in the user's cache directory, unless JAX's own settings name another or none."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
-        with contextlib.suppress(OSError):  # one that cannot be written is done without
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(directory))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    """Has JAX, once it is imported, keep compiled programs in the user's cache directory; its own settings win."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
+    with contextlib.suppress(OSError):  # one that cannot be written is done without
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _report(message: str, status: int) -> int:
@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("parity", help="compare the vmapped and the batched network", allow_abbrev=False)
     command.set_defaults(run=_parity)
 
+    command = commands.add_parser("selftest", help="compare a resumed run with an undisturbed one", allow_abbrev=False)
+    command.set_defaults(run=_selftest)
+
     command = commands.add_parser("plot", help="lay runs over one another in a picture", allow_abbrev=False)
     command.add_argument("workdirs", type=_path, nargs="+", metavar="workdir")
     command.add_argument("-o", "--output", type=_path, required=True, help="the picture, a .png, .pdf or .svg")
@@ -120,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    from vmapbn_flax.flags import parse_config
+
     config, workdir = parse_config(rest)  # before the slow imports, so that a typo answers at once
     workdir = arguments.workdir or workdir
     from vmapbn_flax.config import is_sweep
@@ -153,6 +158,8 @@ def _refresh(arguments: argparse.Namespace, rest: list[str], started: float) -> 
 
 
 def _parity(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    from vmapbn_flax.flags import parse_config
+
     config, _ = parse_config(rest)
     from vmapbn_flax.console import table
     from vmapbn_flax.parity import parity
@@ -162,6 +169,22 @@ def _parity(arguments: argparse.Namespace, rest: list[str], started: float) -> i
     header = ("vmapped against batched", "largest difference", "in ulps", "relative", "tolerance", "within")
     table(cells, header, file=sys.stdout)
     return 0 if all(row.within for row in rows) else 1
+
+
+def _selftest(arguments: argparse.Namespace, rest: list[str], started: float) -> int:
+    from vmapbn_flax.flags import parse_config
+
+    config, _ = parse_config(rest)
+    from vmapbn_flax.console import table
+    from vmapbn_flax.selftest import selftest
+
+    found = selftest(config, rest)
+    cells = [
+        (what, size, f"NO: {len(different)} differ, first {different[0]}" if different else "yes")
+        for what, size, different in found
+    ]
+    table(cells, ("stopped and resumed against undisturbed", "compared", "equal"), file=sys.stdout)
+    return 1 if any(comparison.different for comparison in found) else 0
 
 
 def _plot(arguments: argparse.Namespace, rest: list[str], started: float) -> None:

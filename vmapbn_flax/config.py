@@ -13,6 +13,7 @@ _OPTIMIZERS = ("adam", "adamw", "sgd")
 _SCHEDULES = ("cosine", "constant")
 _SWEEP_MODES = ("product", "zip", "random")
 _ON_FAILURE = ("continue", "stop")
+_WIDEST = 2**16  # units: between two layers of that many lie 17 GB of weights
 
 # What a resumed run may say differently: how often it reports, where its data lies, and a later end.
 _MAY_CHANGE = (
@@ -75,8 +76,8 @@ def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
         ("model.norm", model.norm in _NORMS, f"one of {', '.join(_NORMS)}"),
         (
             "model.hidden",
-            len(model.hidden) > 0 and all(isinstance(width, int) and width >= 1 for width in model.hidden),
-            "at least one width, each an integer of 1 or more, such as (100, 100)",
+            len(model.hidden) > 0 and all(isinstance(width, int) and 1 <= width <= _WIDEST for width in model.hidden),
+            f"at least one width, each an integer from 1 to {_WIDEST}, such as (100, 100)",
         ),
         ("model.batch_norm_momentum", 0 <= _single(model.batch_norm_momentum) < 1, "a decay in [0, 1)"),
         (

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from vmapbn_flax import signals
 from vmapbn_flax.checkpoint import Checkpoints, restore
 from vmapbn_flax.config import validate
 from vmapbn_flax.data import load_dataset
@@ -100,7 +101,7 @@ def _advance(programs: Programs, count: int) -> tuple[np.ndarray, TrainState]:
 
 
 def _through_checkpoint(state: TrainState, config: ConfigDict, programs: Programs) -> Any:
-    with tempfile.TemporaryDirectory() as directory:
+    with signals.raised(), tempfile.TemporaryDirectory() as directory:
         with contextlib.closing(Checkpoints(Path(directory))) as checkpoints:
             checkpoints.save(int(state.step), state, config.to_dict(), None)
         return restore(Path(directory), int(state.step), programs.template())

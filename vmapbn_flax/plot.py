@@ -127,12 +127,16 @@ def _curve(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _scale_accuracy(axes: Any) -> None:
-    """Logits spread out the last percent, which is where runs differ, without cutting off the start."""
+    """Logits spread out the last percent, which is where runs differ, without cutting off the start.
+
+    0 and 1, which few examples may come to, have no logit: with one of them the scale is linear.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axes.set_yscale("logit")
-    axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
-    axes.yaxis.set_minor_locator(NullLocator())
+    if all(0 < accuracy < 1 for line in axes.lines for accuracy in line.get_ydata()):
+        axes.set_yscale("logit")
+        axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda accuracy, _: f"{100 * accuracy:g} %"))
 
 

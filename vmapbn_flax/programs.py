@@ -90,7 +90,8 @@ class Programs:
 
     def create(self) -> TrainState:
         """The state before the first step."""
-        return self._call("create", self._create, self.hyper, once=True)
+        # Waits, for a lack of memory that `advance` were the first to meet would have it hang.
+        return jax.block_until_ready(self._call("create", self._create, self.hyper, once=True))
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
         """`count` steps from `step`, the step of `state`, on, within one epoch; `state` is used up."""

@@ -90,7 +90,8 @@ class Record:
         """Writes the last evaluation's figures to TensorBoard's hparams and the summary, which it returns."""
         best = self.best_row(saved)
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
-        self._writer.write_hparams(flat(self.config), {f"hparam/{k}": v for k, v in evaluation.items()})
+        results = {f"hparam/{name}": value for name, value in evaluation.items() if not name.endswith("_count")}
+        self._writer.write_hparams(flat(self.config), results)
         self.flush()
         summary = {
             "step": step,

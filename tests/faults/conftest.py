@@ -1,8 +1,9 @@
+import functools
 import time
 from types import SimpleNamespace
 
 import pytest
-from program import CONFIG, Program
+from program import CONFIG, SWEEP, Program
 
 from vmapbn_flax.checkpoint import saved_steps
 
@@ -20,17 +21,35 @@ def program(cache):
     program.close()
 
 
+class Undisturbed:
+    """A run, or a sweep, that nothing happened to: its workdir, and how many changes to files it made."""
+
+    def __init__(self, program, config, place):
+        self._command, self._program, self._place = ("train", config), program, place
+        self.workdir = place / "run"
+        self._finish(self.workdir, inside=str(self.workdir), count=str(place / "count"))
+        self.changes = int((place / "count").read_text())
+
+    @functools.cached_property
+    def seconds(self):
+        """How long such a run takes when it finds its programs compiled."""
+        started = time.monotonic()
+        self._finish(self._place / "again")
+        return time.monotonic() - started
+
+    def _finish(self, workdir, **fault):
+        log = self._place / "log"
+        assert self._program.run(*self._command, f"--workdir={workdir}", log=log, **fault) == 0, log.read_text()
+
+
 @pytest.fixture(scope="session")
 def undisturbed(program, tmp_path_factory):
-    """A run that nothing happened to: its workdir, its seconds, and how many changes to files it made."""
-    place = tmp_path_factory.mktemp("undisturbed")
-    for workdir in (place / "cold", place / "run"):  # the first one fills the cache
-        started = time.monotonic()
-        faults = {"inside": str(workdir), "count": str(place / "count")}
-        status = program.run("train", CONFIG, f"--workdir={workdir}", log=place / "log", **faults)
-        assert status == 0, (place / "log").read_text()
-    seconds = time.monotonic() - started
-    return SimpleNamespace(workdir=workdir, seconds=seconds, changes=int((place / "count").read_text()))
+    return Undisturbed(program, CONFIG, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed_sweep(program, tmp_path_factory):
+    return Undisturbed(program, SWEEP, tmp_path_factory.mktemp("undisturbed_sweep"))
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +71,18 @@ def killed(program, tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, program):
     """A run of its own: its workdir, the output of its processes, and ways to start and to wait for one."""
-    workdir, log = tmp_path / "run", tmp_path / "log"
-    command = ("train", CONFIG, f"--workdir={workdir}")
+    return control(program, CONFIG, tmp_path)
+
+
+@pytest.fixture
+def sweep(tmp_path, program):
+    """The same of a sweep."""
+    return control(program, SWEEP, tmp_path)
+
+
+def control(program, config, place):
+    workdir, log = place / "run", place / "log"
+    command = ("train", config, f"--workdir={workdir}")
 
     def start(*flags, **fault):
         log.write_text("")

@@ -20,6 +20,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 CONFIG = "--config=tests/faults/config.py"
+SWEEP = "--config=tests/faults/sweep_config.py"
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 PROGRAMS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 
@@ -77,11 +78,9 @@ def _serve() -> None:
         importlib.import_module(name)
     import small
 
-    from vmapbn_flax import cli, loop
+    from vmapbn_flax import cli, loop, plan
 
-    load = loop.load_dataset
-    loop.load_dataset = lambda name, *where: small.dataset() if name == "small" else load(name, *where)
-    small.dataset()
+    loop.load_dataset = plan.load_dataset = small.load
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -17,9 +17,10 @@ from program import ROOT, environment
 from runs import leftovers, outcome
 
 from vmapbn_flax.checkpoint import saved_steps
+from vmapbn_flax.ledger import Ledger
 
 SEED = 20250711
-SLOW_KILLS = 200
+SLOW_KILLS, SLOW_SWEEP_KILLS = 140, 60
 TOTAL = 30
 
 # In the order of a run's life.
@@ -40,12 +41,27 @@ PHASES = {
     "summary": "vmapbn_flax.console:table",
 }
 
+# The same of a sweep: a function, and which of its calls.
+SWEEP_PHASES = {
+    "ledger": ("vmapbn_flax.ledger:write_json", 1),
+    "config": ("vmapbn_flax.plan:write_json", 1),
+    "config of a member": ("vmapbn_flax.plan:write_json", 3),
+    "a step in the ledger": ("vmapbn_flax.ledger:write_json", 3),
+    "divergence in the ledger": ("vmapbn_flax.ledger:Ledger.mark", 2),
+    "checkpoint of a member": ("vmapbn_flax.sweep:GroupRun._saving", 1),
+    "end of a group in the ledger": ("vmapbn_flax.ledger:Ledger.mark", 2),
+    "between members of the second group": ("vmapbn_flax.record:write_json", 2),
+    "report": ("vmapbn_flax.sweep:report", 1),
+    "picture": ("vmapbn_flax.plot:write_whole", 1),
+}
+
 
 def check(run, undisturbed):
     assert outcome(run.workdir) == outcome(undisturbed.workdir)
     assert leftovers(run.workdir) == []
-    assert not (run.workdir / "checkpoints" / "damaged").exists()
+    assert not list(run.workdir.rglob("damaged"))
     assert len(saved_steps(run.workdir / "checkpoints")) <= 3
+    assert not list(run.workdir.glob("groups/*"))
 
 
 def test_killed_once_in_each_phase(run, undisturbed):
@@ -57,16 +73,24 @@ def test_killed_once_in_each_phase(run, undisturbed):
     check(run, undisturbed)
 
 
+def test_sweep_killed_once_in_each_phase(sweep, undisturbed_sweep):
+    for phase, (name, call) in SWEEP_PHASES.items():
+        status = sweep.finish(name=name, call=call)
+        assert status == -signal.SIGKILL, (phase, sweep.lines())
+    assert sweep.finish() == 0, sweep.lines()
+    check(sweep, undisturbed_sweep)
+
+
 def torment(run, undisturbed, rng, kills):
     """Kills runs at random, half the time by the clock and half by the file operation; returns what they were at."""
-    phases = collections.Counter()
+    phases, seconds = collections.Counter(), undisturbed.seconds
     while phases.total() < kills:
         shutil.rmtree(run.workdir, ignore_errors=True)
         status = None
         while status != 0:
             if rng.random() < 0.5:
                 run.start()
-                status = run.wait(rng.uniform(0, undisturbed.seconds))
+                status = run.wait(rng.uniform(0, seconds))
                 if status is None:
                     run.signal(signal.SIGKILL)
                     status = run.wait()
@@ -81,19 +105,24 @@ def torment(run, undisturbed, rng, kills):
 
 def phase(run):
     """What a killed process was at, as far as files and output tell."""
-    checkpoints = run.workdir / "checkpoints"
     last = run.lines()[-1] if run.lines() else ""
     if last.startswith("killed before "):
-        return "writing " + ("a checkpoint" if "/checkpoints" in last else "another file")
+        places = {"/checkpoints": "a checkpoint", "sweep.json": "the ledger", "": "another file"}
+        return "writing " + next(place for part, place in places.items() if part in last)
     if not run.lines():
         return "start-up"
-    if (run.workdir / "summary.json").exists():
-        return "the very end"
-    if TOTAL in saved_steps(checkpoints):
+    if is_trained(run.workdir):
         return "picture and summary"
     if "step" not in "".join(run.lines()[1:]):
         return "compilation and first steps"
     return "steps, evaluations and saves"
+
+
+def is_trained(workdir):
+    ledger = Ledger(workdir)
+    if ledger.members:
+        return all(ledger.is_over(name) for name in ledger.members)
+    return TOTAL in saved_steps(workdir / "checkpoints")
 
 
 def test_killed_at_random(run, undisturbed):
@@ -103,8 +132,17 @@ def test_killed_at_random(run, undisturbed):
 
 @pytest.mark.slow
 def test_killed_at_random_at_length(run, undisturbed):
+    at_length(run, undisturbed, SLOW_KILLS)
+
+
+@pytest.mark.slow
+def test_sweep_killed_at_random_at_length(sweep, undisturbed_sweep):
+    at_length(sweep, undisturbed_sweep, SLOW_SWEEP_KILLS)
+
+
+def at_length(run, undisturbed, kills):
     started = time.monotonic()
-    phases = torment(run, undisturbed, random.Random(SEED + 1), SLOW_KILLS)
+    phases = torment(run, undisturbed, random.Random(SEED + 1), kills)
     print(f"\n{phases.total()} kills, seed {SEED + 1}, {time.monotonic() - started:.0f} s: {dict(phases)}")
 
 

@@ -1,10 +1,14 @@
 """SIGTERM and SIGINT: finish the chunk, save, say so; a second one ends it at once."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from program import ROOT
 from runs import leftovers, outcome
 
 from vmapbn_flax.checkpoint import saved_steps
@@ -48,6 +52,17 @@ def test_a_second_one_ends_it_at_once(run, undisturbed):
     assert time.monotonic() - started < 5
     assert run.finish() == 0
     assert outcome(run.workdir) == outcome(undisturbed.workdir)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "vmapbn_flax", "train"]], ids=["train.py", "vmapbn_flax"])
+def test_while_it_imports(tmp_path, command, signum):
+    (tmp_path / "jax.py").write_text(f"import os, time; os.kill(os.getpid(), {signum:d}); time.sleep(60)")
+    argv = [sys.executable, *command, "--config=configs/tiny.py", f"--workdir={tmp_path}/run"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (128 + signum, "")
+    assert process.stderr == "note: stopped; the same command starts again\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,53 @@
+"""Digests by which a checkpoint is known to be what was saved: of its arrays in memory, and of its files."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vmapbn_flax.files import write_whole
+
+Arrays = Mapping[str, np.ndarray]
+
+_SUMS = "SHA256"  # for `sha256sum --check`
+
+
+def digest(arrays: Arrays, meta: Mapping[str, Any]) -> str:
+    """SHA-256 over `meta` without its digest, and the names, types, shapes and bytes of `arrays`."""
+    sha = hashlib.sha256()
+    said = {key: value for key, value in meta.items() if key != "digest"}
+    sha.update(json.dumps(said, sort_keys=True).encode() + b"\n")
+    for name, array in sorted(arrays.items()):
+        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
+
+
+def write_sums(path: Path) -> None:
+    """Notes the SHA-256 of each file of the checkpoint `path` in it."""
+    write_whole(path / _SUMS, "".join(f"{sha}  {name}\n" for name, sha in _file_sums(path).items()))
+
+
+def require_whole(path: Path) -> None:
+    """Refuses a checkpoint of which a file changed.
+
+    orbax would notice most of what can happen to them, but on errors its threads print tracebacks when they like.
+
+    Raises:
+      ValueError: a file is missing, another, or not what it was.
+      OSError: the sums cannot be read.
+    """
+    lines = [line.partition("  ") for line in (path / _SUMS).read_text().splitlines()]
+    saved, found = {name: sha for sha, _, name in lines}, _file_sums(path)
+    for name in sorted({*saved, *found}):
+        if saved.get(name) != found.get(name):
+            raise ValueError(f"{name} is {'not what was saved' if name in found else 'missing'}")
+
+
+def _file_sums(path: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint, as `sha256sum` lists them."""
+    files = sorted(file for item in ("meta", "state") for file in (path / item).rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
