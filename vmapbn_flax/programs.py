@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from vmapbn_flax import steps
+from vmapbn_flax import console, mesh, steps
 from vmapbn_flax.config import validate_sizes
-from vmapbn_flax.data import Dataset, Split
+from vmapbn_flax.data import Dataset
 from vmapbn_flax.metrics import EvalMetrics, compute
 from vmapbn_flax.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
 
@@ -24,36 +25,51 @@ class Programs:
     """Creates, advances and evaluates the state of a run of `config` on `dataset`.
 
     Each program is compiled when it is first called; `compile_seconds` says how long that took in all.
+    Batches are split over the axis `data` of the mesh `devices`, or lie on the default device without one.
 
     Raises:
       UsageError: the config does not fit the data.
     """
 
-    # Where a state and the data lie: on the default device.
-    _sharding, _replicated = None, None
+    _axes = ()  # of the mesh, that the leading axes of a state lie over
 
-    def __init__(self, config: ConfigDict, dataset: Dataset):
+    def __init__(self, config: ConfigDict, dataset: Dataset, devices: Mesh | None = None):
         validate_sizes(config, len(dataset.train))
+        self.devices = jax.devices()[:1] if devices is None else list(devices.devices.flat)
+        if len(self.devices) == 1:
+            devices = None
+        self._sharding = devices and NamedSharding(devices, PartitionSpec(*self._axes))
+        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+        splits = {name: split for name, split in splits.items() if split is not None}
+        image_bytes = sum(split.images.nbytes for split in splits.values())
+        self.layout = mesh.Layout(devices, by_columns=image_bytes > config.mesh.replicate_limit)
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self.hyper = make_hyperparameters(config, self.steps_per_epoch)
         self.compile_seconds = 0.0
         self._seed, self._num_train = config.seed, len(dataset.train)
-        self._data = {"train": self._on_device(dataset.train)}
-        if dataset.validation is not None:
-            self._data["validation"] = self._on_device(dataset.validation)
-        self._data["test"] = self._on_device(dataset.test)
+        self._data = {
+            name: self.layout.put(split.images.reshape(len(split), -1), split.labels) for name, split in splits.items()
+        }
         self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
 
-        num_classes, num_features = dataset.num_classes, self._data["train"][0].shape[1]
+        num_classes, num_features = dataset.num_classes, dataset.train.images[0].size
         self._create = partial(create_state, config, num_classes, num_features)
-        self._train_steps = steps.make_train_steps(config, num_classes)
-        self._gradients = steps.make_gradients(config, num_classes)
-        self._evaluate = steps.make_evaluate(config, num_classes)
-        self._population = steps.make_population_statistics(config, num_classes)
+        self._train_steps = steps.make_train_steps(config, num_classes, self.layout)
+        self._gradients = steps.make_gradients(config, num_classes, self.layout)
+        self._evaluate = steps.make_evaluate(config, num_classes, self.layout)
+        self._population = steps.make_population_statistics(config, num_classes, self.layout)
         self._learning_rate = partial(learning_rate, config.optimizer)
         self._compiled = {}
         self._epoch_order = (-1, None)
+
+    def where(self) -> str:
+        """The devices in words, and what lies on them."""
+        name = console.device_name(self.devices)
+        if self.layout.count == 1:
+            return name
+        share = "a share of the data set" if self.layout.by_columns else "the data set"
+        return f"{name}, batches split over {self.layout.count} and {share} on each"
 
     def template(self) -> TrainState:
         """The shapes and types of the state."""
@@ -76,7 +92,7 @@ class Programs:
         """The training set, its order in the epoch that `step` is in, and the number of the batch there."""
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, jax.device_put(self._order(epoch), self._sharding))
+            self._epoch_order = (epoch, mesh.put(self._order(epoch), self._sharding))
         return (*self._data["train"], self._epoch_order[1], np.int32(first))
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -96,11 +112,16 @@ class Programs:
 
     def place(self, state: PyTree) -> PyTree:
         """Arrays of the host, such as a checkpoint has, as `advance` takes them."""
-        return jax.device_put(state)
+        return mesh.put(state, self._sharding)
 
     def gather(self, state: PyTree) -> PyTree:
         """What `place` takes to give `state` again."""
         return state
+
+    def fresh_metrics(self, state: TrainState) -> TrainState:
+        """`state` with nothing in its metrics; `state` is used up."""
+        empty = jax.tree.map(np.zeros_like, self.gather(state.metrics))
+        return state.replace(metrics=self.place(empty))
 
     def split(self, tree: PyTree) -> list[PyTree]:
         """The part of each run, on the host: of this one run here, of each member in a group's programs."""
@@ -124,10 +145,9 @@ class Programs:
             lowered = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding).lower(*arguments)
             self._compiled[name] = lowered.compile(_UNOPTIMISED if once and jax.default_backend() == "cpu" else None)
             self.compile_seconds += time.monotonic() - started
-        return self._compiled[name](*arguments)
-
-    def _on_device(self, split: Split) -> tuple[Array, Array]:
-        return jax.device_put((split.images.reshape(len(split), -1), split.labels), self._replicated)
+        result = self._compiled[name](*arguments)
+        # Several programs under way at once can wait for one another's collectives for ever.
+        return result if self.layout.count == 1 else jax.block_until_ready(result)
 
 
 def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:
