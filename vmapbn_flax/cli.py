@@ -11,7 +11,7 @@ from typing import NoReturn
 import jax
 
 from vmapbn_flax import signals
-from vmapbn_flax.errors import Interrupted, UsageError, UserError
+from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 from vmapbn_flax.flags import parse_config
 
 
@@ -26,6 +26,8 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
         return _report(str(error), error.exit_status)
     except Interrupted as stop:
         return _report(str(stop), stop.exit_status)
+    except EndedElsewhere as end:
+        return end.exit_status
     except KeyboardInterrupt as stop:
         return _report("stopped; the same command starts again", 128 + (stop.args or (signal.SIGINT,))[0])
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

@@ -21,7 +21,7 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.errors import Interrupted, RunError, UsageError, UserError
+from vmapbn_flax.errors import EndedElsewhere, Interrupted, RunError, UsageError, UserError
 from vmapbn_flax.metrics import EvalMetrics
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.state import TrainState
@@ -56,7 +56,7 @@ class Group:
             raise
         if status := self.exchange(0).max():
             self.parted = True
-            raise SystemExit(int(status))
+            raise EndedElsewhere(int(status))
 
     def require_same_config(self) -> None:
         """Refuses to go on with one config here and another there."""
@@ -94,7 +94,7 @@ class Group:
                 if call == _END:
                     self.parted = True
                     if status := numbers[0]:
-                        raise SystemExit(status)
+                        raise EndedElsewhere(status)
                     return
                 if call == _CREATE:
                     state = programs.create()
