@@ -30,10 +30,16 @@ def make(devices, **changes):
 
 
 @functools.cache
+def first_state():
+    """Of all these runs; on the host."""
+    return jax.tree.map(np.array, make(1).create())
+
+
+@functools.cache
 def trained(devices, **changes):
     """The losses of 50 steps, and parameters, statistics and evaluation after them."""
     programs = make(devices, **changes)
-    return train_on(programs, programs.create(), 0)
+    return train_on(programs, programs.place(first_state()), 0)
 
 
 def train_on(programs, state, first):
@@ -87,11 +93,11 @@ def test_data_set_of_which_each_device_holds_a_share():
     images, _ = programs._data["train"]
     assert {shard.data.shape for shard in images.addressable_shards} == {(100, 3)}
     assert_equal(trained(5, mesh__replicate_limit=0), trained(1), 1e-5)
-    state = programs.create()
-    assert_equal(programs.population_statistics(state), make(1).population_statistics(make(1).create()), 1e-6)
+    state, whole = programs.place(first_state()), make(1).place(first_state())
+    assert_equal(programs.population_statistics(state), make(1).population_statistics(whole), 1e-6)
     logits, grads = programs.gradients(state, 3)
     assert logits.shape == (small.BATCH, small.CLASSES)
-    assert_equal((logits, grads), make(1).gradients(make(1).create(), 3), 1e-5)
+    assert_equal((logits, grads), make(1).gradients(whole, 3), 1e-5)
 
 
 def test_small_data_set_lies_whole_on_each_device():
@@ -102,12 +108,11 @@ def test_small_data_set_lies_whole_on_each_device():
 
 def test_evaluation_counts_each_example_once():
     """37 examples, in batches of 5 and 7, which become 8 and 8."""
-    state = jax.device_get(make(1).create())
-    expected = make(1).evaluate(make(1).place(state))
+    expected = make(1).evaluate(make(1).place(first_state()))
     assert expected["test_count"] == 37
     for devices, size in ((8, 5), (2, 7)):
         programs = make(devices, train__eval_batch_size=size)
-        figures = programs.evaluate(programs.place(state))
+        figures = programs.evaluate(programs.place(first_state()))
         assert figures["test_count"] == 37
         assert_equal(figures, expected, 1e-6)
 
@@ -132,7 +137,7 @@ def norm_collectives():
     return forward + [("all-reduce", "f32", 2 * width) for width in reversed(HIDDEN)]
 
 
-# The gradients but those of the norms' biases, which the backward pass has summed already, and the loss, its sum and the
+# The gradients but those of the norms' biases, which the backward pass has summed already; the loss, its sum and the
 # number of right answers.
 GRADIENTS = ("all-reduce", "f32", PARAMETERS - sum(HIDDEN) + 3)
 # Where examples are masked, the numbers of them: in the loss, its metrics, the layers.
@@ -142,8 +147,13 @@ COUNTS = [("all-reduce", "s32", 3), ("all-reduce", "f32", 2)]
 @pytest.mark.parametrize("norm", ["vmap", "batched"])
 def test_collectives_of_a_step(norm):
     programs = make(8, model__norm=norm)
-    programs.advance(programs.create(), 0, 1)
+    programs.advance(programs.place(first_state()), 0, 1)
     assert collectives(programs) == [*norm_collectives(), GRADIENTS]
+
+
+def test_the_first_state_is_made_everywhere():
+    programs = make(8)
+    small.assert_same_bits(programs.create(), first_state())
     assert collectives(programs, "create") == []
 
 
@@ -181,7 +191,7 @@ def test_collectives_of_a_divided_data_set():
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (4, 2)])
 def test_restored_on_another_count(tmp_path, before, after):
     """A checkpoint of step 20 continues with the same batches."""
-    programs, state = make(before), make(before).create()
+    programs, state = make(before), make(before).place(first_state())
     for step in range(20):
         state = programs.advance(state, step, 1)
     saved = jax.device_get(state)

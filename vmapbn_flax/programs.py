@@ -134,15 +134,28 @@ class Programs:
 
     def learning_rate(self, step: int) -> Array:
         """The learning rate of the update that leads from `step` to `step + 1`."""
-        return self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True)
+        return self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True, here=True)
 
     def _call(
-        self, name: str, function: Callable, *arguments: Any, donate: Sequence[int] = (), once: bool = False
+        self,
+        name: str,
+        function: Callable,
+        *arguments: Any,
+        donate: Sequence[int] = (),
+        once: bool = False,
+        here: bool = False,
     ) -> Any:
-        """Calls `function`, compiled under `name`; `once` spares the optimising of what hardly runs."""
+        """Calls `function`, compiled under `name`.
+
+        Args:
+          donate: which of the arguments it uses up.
+          once: spares the optimising of what hardly runs.
+          here: the result need not lie as a state does, and no other process makes the same call.
+        """
         if name not in self._compiled:
             started = time.monotonic()
-            lowered = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding).lower(*arguments)
+            out = None if here else self._sharding
+            lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*arguments)
             self._compiled[name] = lowered.compile(_UNOPTIMISED if once and jax.default_backend() == "cpu" else None)
             self.compile_seconds += time.monotonic() - started
         result = self._compiled[name](*arguments)

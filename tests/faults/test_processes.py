@@ -175,7 +175,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(two, together, target):
 
 
 def test_errors_end_all_with_their_status(two, together):
-    """Of all of them, of their being different, of the one that has the workdir; and a finished run is finished for all."""
+    """Of all of them, of their being different, of the one that has the workdir; a finished run is finished for all."""
     assert two.run("--config.train.batch_size=101") == [2, 2]
     assert two.run(own_flags={1: ("--config.seed=1",)}) == [2, 2]
     assert "configs that differ between processes" in two.lines(0)[-1]
