@@ -40,8 +40,15 @@ def get_config() -> ConfigDict:
     train.max_skipped_steps = 10  # non-finite steps in a row that end the run
 
     config.mesh = mesh = ConfigDict()
-    mesh.member = 0  # devices that a sweep's members are laid over; 0: all of this machine
-    mesh.cpu_devices = 0  # that a CPU is divided into; 0: one a core for a sweep, otherwise one
+    mesh.data = 0  # devices that batches are split over; 0: every GPU or TPU, one CPU device a process; sweeps: one
+    mesh.member = 0  # times as many that a sweep's members are laid over; 0: all of this machine
+    mesh.cpu_devices = 0  # that a CPU is divided into; 0: what mesh.data asks for; sweeps: one a core
+    mesh.replicate_limit = 2**30  # bytes of images up to which each device holds all of them; beyond, a share
+
+    config.distributed = distributed = ConfigDict()
+    distributed.coordinator = ""  # "host:port" of process 0, for one run in many processes; "slurm": as srun says
+    distributed.num_processes = 1  # with a "host:port"
+    distributed.process_id = 0  # with a "host:port": which of them this is; process 0 writes the workdir
 
     # A tuple of values for each field to sweep, such as `config.sweep.optimizer.learning_rate = (1e-3, 1e-2)`.
     config.sweep = ConfigDict({"data": {}, "model": {}, "optimizer": {}, "train": {}})

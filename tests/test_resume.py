@@ -22,8 +22,8 @@ def small_and_compiled_once():
     """One compilation serves all runs, and none draws; in tests/faults/ each is a process that does both."""
     programs = {}
 
-    def compiled(config, dataset):
-        return programs.setdefault(config.to_json(), Programs(config, dataset))
+    def compiled(config, dataset, devices):
+        return programs.setdefault(config.to_json(), Programs(config, dataset, devices))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "load_dataset", lambda *where: small.dataset())

@@ -50,7 +50,7 @@ class Witness:
 
     def __init__(self, monkeypatch):
         self.windows, self.most_alive, self._references = [], 0, []
-        put = Programs._on_device
+        put = Programs._put_examples
 
         def on_device(programs, split):
             arrays = put(programs, split)
@@ -59,7 +59,7 @@ class Witness:
             self.most_alive = max(self.most_alive, self.alive())
             return arrays
 
-        monkeypatch.setattr(Programs, "_on_device", on_device)
+        monkeypatch.setattr(Programs, "_put_examples", on_device)
 
     def alive(self):
         return sum(reference() is not None for reference in self._references)

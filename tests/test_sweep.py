@@ -49,7 +49,7 @@ def sweep_config(sweep=None, **changes):
 def small_data():
     with pytest.MonkeyPatch.context() as patch:
         for module in (plan, loop):
-            patch.setattr(module, "load_dataset", lambda name, data_dir, size: small.dataset(size))
+            patch.setattr(module, "load_dataset", lambda name, data_dir, size, limit: small.dataset(size))
         yield
 
 
@@ -218,7 +218,7 @@ def test_sizes_are_checked_before_anything_is_written(tmp_path):
 def test_data_larger_than_its_limit_is_refused(tmp_path, monkeypatch):
     streamed = dataclasses.replace(small.dataset(20), streamed=True)
     monkeypatch.setattr(plan, "load_dataset", lambda *where: streamed)
-    with pytest.raises(UsageError, match=r"config\.data\.memory_limit: got 2\.0, expected at least 0\.01, for mnist"):
+    with pytest.raises(UsageError, match=r"config\.data\.memory_limit: got 2\.0, expected at least 0\.01, for small"):
         sweep.train_sweep(sweep_config(), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 

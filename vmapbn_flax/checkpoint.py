@@ -23,6 +23,9 @@ State = TypeVar("State")
 
 _PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of what orbax is still writing, and of what is being deleted
 
+# Of many processes one saves and restores, since it has all that there is to save, without waiting for the others.
+_PROCESS_0 = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
 # What orbax logs: dozens of lines a save, and, when one fails, tracebacks of what is raised as well: of its
 # own, of tasks that it leaves behind, and of event loops that it closes while its threads still call them.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
@@ -53,8 +56,9 @@ class Checkpoints:
         self._keep: set[int] | None = None
         self._saving = self._directory
         self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
+            _handler(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sums),
+            multiprocessing_options=_PROCESS_0,
         )
         with self._failures():
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -129,6 +133,11 @@ class Checkpoints:
             ) from error
 
 
+def _handler() -> ocp.CompositeCheckpointHandler:
+    options = ocp.CompositeOptions(multiprocessing_options=_PROCESS_0)
+    return ocp.CompositeCheckpointHandler(composite_options=options)
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic and file formats a run depends on."""
     return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")}
@@ -191,7 +200,7 @@ class DamagedError(Exception):
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         require_whole(path)
-        saved = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
+        saved = ocp.Checkpointer(_handler(), multiprocessing_options=_PROCESS_0).restore(
             path.absolute(),
             args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
         )

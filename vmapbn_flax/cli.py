@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vmapbn_flax import signals
-from vmapbn_flax.errors import Interrupted, UsageError, UserError
+from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 
 
 def main(argv: Sequence[str], started: float | None = None) -> int:
@@ -29,6 +29,8 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
         return _report(str(error), error.exit_status)
     except Interrupted as stop:
         return _report(str(stop), stop.exit_status)
+    except EndedElsewhere as end:
+        return end.exit_status
     except KeyboardInterrupt as stop:
         return _report(signals.STOPPED, 128 + (stop.args or (signal.SIGINT,))[0])
     except (MemoryError, RuntimeError) as error:

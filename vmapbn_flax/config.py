@@ -1,6 +1,7 @@
 """Checks of a whole config before any data loads, and of a changed one before a run resumes."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ _WIDEST = 2**16  # units: between two layers of that many lie 17 GB of weights
 
 # What a resumed run may say differently: how often it reports, where its data lies, and a later end.
 _MAY_CHANGE = (
+    "mesh.data",
     "mesh.member",
     "mesh.cpu_devices",
+    "mesh.replicate_limit",
     "sweep_options.mode",
     "sweep_options.size",
     "sweep_options.seed",
@@ -66,7 +69,7 @@ def validate(config: ConfigDict) -> None:
 def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
     """Names of fields, whether they are valid, and what would be."""
     model, optimizer, train, sweep = config.model, config.optimizer, config.train, config.sweep_options
-    norm = model.norm != "none"
+    distributed, norm = config.distributed, model.norm != "none"
     return [
         ("train.num_epochs", 0 < train.num_epochs < math.inf, "a positive number; it may be a fraction"),
         ("seed", 0 <= config.seed < 2**32, "an integer in [0, 2**32)"),
@@ -117,8 +120,25 @@ def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
         ("train.eval_every", 0 < train.eval_every < math.inf, "a positive number of epochs"),
         ("train.eval_batch_size", 1 <= train.eval_batch_size < 2**31, "1 or more examples"),
         ("train.max_skipped_steps", 1 <= train.max_skipped_steps < 2**31, "1 or more steps"),
+        ("mesh.data", config.mesh.data >= 0, "a number of devices, 0 for automatic"),
         ("mesh.member", config.mesh.member >= 0, "a number of devices, 0 for all"),
         ("mesh.cpu_devices", config.mesh.cpu_devices >= 0, "a number of devices, 0 for automatic"),
+        ("mesh.replicate_limit", config.mesh.replicate_limit >= 0, "a number of bytes, 0 to divide any data set"),
+        (
+            "distributed.coordinator",
+            re.fullmatch(r"|slurm|.+:\d+", distributed.coordinator) is not None,
+            "'host:port' of process 0, 'slurm', or '' for one process",
+        ),
+        (
+            "distributed.num_processes",
+            distributed.num_processes >= 1 and (distributed.num_processes == 1 or ":" in distributed.coordinator),
+            "1, or with a 'host:port' as distributed.coordinator a number of processes",
+        ),
+        (
+            "distributed.process_id",
+            0 <= distributed.process_id < distributed.num_processes,
+            f"an integer in [0, distributed.num_processes={distributed.num_processes})",
+        ),
         ("sweep_options.mode", sweep.mode in _SWEEP_MODES, f"one of {', '.join(_SWEEP_MODES)}"),
         ("sweep_options.size", sweep.size >= 1, "1 or more draws"),
         ("sweep_options.seed", sweep.seed >= 0, "an integer of 0 or more"),

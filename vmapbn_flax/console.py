@@ -94,7 +94,6 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file:
     Console(file=file or sys.stderr, width=None if sys.stderr.isatty() else 200).print(grid)
 
 
-def device_name() -> str:
-    """The devices of this process, as `cpu` or `2 x NVIDIA H100`."""
-    devices = jax.local_devices()
+def device_name(devices: Sequence[jax.Device]) -> str:
+    """The devices, as `cpu` or `2 x NVIDIA H100`."""
     return devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"

@@ -3,10 +3,11 @@
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -19,22 +20,23 @@ from vmapbn_flax.state import TrainState, create_state, make_hyperparameters
 class GroupPrograms(Programs):
     """`Programs` of runs that differ in traced fields alone, which are a leading axis of the state.
 
-    The members lie over the devices of a mesh, padded to a multiple of them with copies of the last; the
-    data lies on each. Steps are counted once for all: a member's own count stops where it is frozen.
+    The members lie over the axis `member` of the mesh, padded to a multiple of it with copies of the last; all
+    train on the same data. Steps are counted once for all: a member's own count stops where it is frozen.
 
     Raises:
       UsageError: a config does not fit the data.
     """
 
+    _axes = (mesh.MEMBER,)
+
     def __init__(self, configs: Sequence[ConfigDict], dataset: Dataset, devices: Mesh):
-        self._devices = devices.size
-        self._sharding = NamedSharding(devices, PartitionSpec(mesh.MEMBER))
-        self._replicated = NamedSharding(devices, PartitionSpec())
-        super().__init__(configs[0], dataset)
-        self._create_one, self._create = self._create, jax.vmap(self._create)
-        self._train_steps = jax.vmap(self._train_steps, in_axes=(0, 0, None, None, 0, None, None))
-        self._evaluate = jax.vmap(self._evaluate, in_axes=(0, 0, 0, None, None))
-        self._learning_rate = jax.vmap(self._learning_rate, in_axes=(0, None))
+        super().__init__(configs[0], dataset, devices)
+        self._rows_multiple = devices.shape[mesh.MEMBER]
+        over_members = partial(jax.vmap, spmd_axis_name=mesh.MEMBER)
+        self._create_one, self._create = self._create, over_members(self._create)
+        self._train_steps = over_members(self._train_steps, in_axes=(0, 0, None, None, 0, None, None))
+        self._evaluate = over_members(self._evaluate, in_axes=(0, 0, 0, None, None))
+        self._learning_rate = over_members(self._learning_rate, in_axes=(0, None))
         self._set_members(configs)
 
     def with_members(self, configs: Sequence[ConfigDict]) -> "GroupPrograms":
@@ -46,7 +48,7 @@ class GroupPrograms(Programs):
 
     def _set_members(self, configs: Sequence[ConfigDict]) -> None:
         self._count = len(configs)
-        padded = math.ceil(self._count / self._devices) * self._devices
+        padded = math.ceil(self._count / self._rows_multiple) * self._rows_multiple
         self._rows = np.minimum(np.arange(padded), self._count - 1)
         self._seeds = [config.seed for config in configs]
         hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
@@ -63,7 +65,7 @@ class GroupPrograms(Programs):
         return np.stack([steps.epoch_permutation(seed, epoch, self._num_train) for seed in self._seeds])[self._rows]
 
     def place(self, state: PyTree) -> PyTree:
-        return jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], state), self._sharding)
+        return mesh.put(jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], state), self._sharding)
 
     def gather(self, state: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[: self._count], jax.device_get(state))

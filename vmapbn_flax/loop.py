@@ -12,14 +12,14 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vmapbn_flax import console, signals
+from vmapbn_flax import console, processes, signals
 from vmapbn_flax.checkpoint import Checkpoints, restore_latest
 from vmapbn_flax.config import resume_changes, validate
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.files import REFRESHED, read_json, workdir_lock, write_json
 from vmapbn_flax.ledger import refuse_unfinished_member
-from vmapbn_flax.mesh import divide_cpu
+from vmapbn_flax.mesh import divide_cpu, solo_mesh
 from vmapbn_flax.programs import Programs, figures
 from vmapbn_flax.record import Record
 from vmapbn_flax.state import steps_in
@@ -35,6 +35,9 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
       workdir: made if need be; the README says what it then holds.
       started: `time.monotonic()` when the program started, for the summary; by default now.
 
+    Returns:
+      the summary; nothing in a process that is not the first of its run.
+
     Raises:
       UsageError: the config or the data cannot be used.
       RunError: the workdir is in use, damaged or of another run; or training diverged.
@@ -43,24 +46,42 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
     started = time.monotonic() if started is None else started
     validate(config)
     divide_cpu(config, sweep=False)
-    refuse_unfinished_member(workdir)
-    if (workdir / REFRESHED).exists():
-        raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead")
-    data = config.data
-    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
-    programs = Programs(config, dataset)  # the last to find fault with the config: nothing is written before
-    with contextlib.closing(programs), workdir_lock(workdir):
-        saved = workdir / "config.json"
-        changes = resume_changes(read_json(saved), config) if saved.exists() else None
-        if summary := _finished(workdir, changes):
-            console.say(f"{workdir}: finished at step {summary['step']}; a larger train.num_epochs continues it")
-            return summary
-        record = Record(config, workdir, programs.selection)
-        with signals.deferred() as received, contextlib.closing(Run([record], workdir, programs, started)) as run:
-            run.say_start(dataset, changes)
-            with console.Progress(run.step, programs.total_steps) as progress:
-                run.to_end(received, progress)
-            return run.finish()
+    with processes.joined(config) as group:
+        config = group.config
+        with group.together():
+            refuse_unfinished_member(workdir)
+            if (workdir / REFRESHED).exists():
+                raise RunError(
+                    f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead"
+                )
+            data = config.data
+            dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+            # The last to find fault with the config: nothing is written before.
+            programs = Programs(config, dataset, solo_mesh(config))
+        with contextlib.closing(programs):
+            if group.follows:
+                group.follow(programs)
+                return {}
+            received: list[int] = []
+            with group.led(programs, received) as programs, workdir_lock(workdir):
+                return _train(config, workdir, dataset, programs, received, started)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, dataset: Dataset, programs: Programs, received: list[int], started: float
+) -> dict[str, Any]:
+    """Trains the run in a workdir that is locked; a signal in `received` stops it."""
+    saved = workdir / "config.json"
+    changes = resume_changes(read_json(saved), config) if saved.exists() else None
+    if summary := _finished(workdir, changes):
+        console.say(f"{workdir}: finished at step {summary['step']}; a larger train.num_epochs continues it")
+        return summary
+    record = Record(config, workdir, programs.selection)
+    with signals.deferred(received), contextlib.closing(Run([record], workdir, programs, started)) as run:
+        run.say_start(dataset, changes)
+        with console.Progress(run.step, programs.total_steps) as progress:
+            run.to_end(received, progress)
+        return run.finish()
 
 
 def _finished(workdir: Path, changes: Sequence[str] | None) -> dict[str, Any] | None:
@@ -117,8 +138,7 @@ class Run:
         console.say(
             f"{self._directory}: {where} of {self._programs.total_steps} steps, {count:,} parameters, "
             f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples"
-            f"{', streamed' if dataset.streamed else ''}), "
-            f"on {console.device_name()}"
+            f"{', streamed' if dataset.streamed else ''}), on {self._programs.where()}"
         )
 
     def close(self) -> None:
@@ -185,8 +205,7 @@ class Run:
         for record, measured, skipped, rate in zip(self._records, metrics, skipped_steps, rates, strict=True):
             if not record.stopped:
                 record.trained(self.step, measured, skipped, float(rate))
-        empty = jax.tree.map(np.zeros_like, self._programs.gather(self._state.metrics))
-        self._state = self._state.replace(metrics=self._programs.place(empty))
+        self._state = self._programs.fresh_metrics(self._state)
 
     def _diverged(self, record: Record, step: int) -> None:
         """What becomes of a run whose last steps, up to `step`, were not finite: here, its end."""
@@ -238,7 +257,8 @@ class Run:
         picture = self._directory / "accuracy.png"
         record.flush()
         plot_runs([self._directory], picture)
-        summary = record.finish(self.step, saved, self.seconds())
+        device = console.device_name(self._programs.devices)
+        summary = record.finish(self.step, saved, self.seconds(), device)
         results = {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "seed"}
         console.table([*results.items(), ("seconds", summary["seconds"]["total"]), ("picture", picture)])
         return summary

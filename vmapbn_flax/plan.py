@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from vmapbn_flax import console, mesh
@@ -90,7 +91,7 @@ def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
 def _say_plan(workdir: Path, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
     console.say(
         f"{workdir}: {len(ledger.members)} members in {len(ledger.groups)} groups, a program each, "
-        f"on {console.device_name()}"
+        f"on {console.device_name(jax.local_devices())}"
     )
     rows = []
     for number, names in enumerate(ledger.groups):

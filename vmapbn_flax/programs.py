@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from vmapbn_flax import steps
+from vmapbn_flax import console, mesh, steps
 from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.metrics import EvalMetrics, compute
@@ -38,40 +39,53 @@ class Programs:
 
     Each program is compiled when it is first called, the training step when `compile_ahead` is;
     `compile_seconds` says how long was waited for that in all.
+    Batches are split over the axis `data` of the mesh `devices`, or lie on the default device without one.
 
     Raises:
       UsageError: the config does not fit the data.
     """
 
-    # Where a state and the data lie: on the default device.
-    _sharding, _replicated = None, None
+    _axes = ()  # of the mesh, that the leading axes of a state lie over
 
-    def __init__(self, config: ConfigDict, dataset: Dataset):
+    def __init__(self, config: ConfigDict, dataset: Dataset, devices: Mesh | None = None):
         validate_sizes(config, len(dataset.train))
+        self.devices = jax.devices()[:1] if devices is None else list(devices.devices.flat)
+        if len(self.devices) == 1:
+            devices = None
+        self._sharding = devices and NamedSharding(devices, PartitionSpec(*self._axes))
+        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+        self._splits = {name: split for name, split in splits.items() if split is not None}
+        self.layout = mesh.Layout(devices, by_columns=dataset.nbytes > config.mesh.replicate_limit)
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self.hyper = make_hyperparameters(config, self.steps_per_epoch)
         self.compile_seconds = 0.0
         self._seed, self._num_train = config.seed, len(dataset.train)
-        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-        self._splits = {name: split for name, split in splits.items() if split is not None}
         self._stream = None
         if dataset.streamed:
-            self._stream = Stream(config, dataset, self.total_steps, self._order, self._on_device)
+            self._stream = Stream(config, dataset, self.total_steps, self._order, self._put_examples, self._put_order)
         else:
-            self._data = {name: self._on_device(split) for name, split in self._splits.items()}
+            self._data = {name: self._put_examples(split) for name, split in self._splits.items()}
         self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
 
         num_classes, num_features = dataset.num_classes, math.prod(dataset.train.image_shape)
         self._create = partial(create_state, config, num_classes, num_features)
-        self._train_steps = steps.make_train_steps(config, num_classes)
-        self._gradients = steps.make_gradients(config, num_classes)
-        self._evaluate = steps.make_evaluate(config, num_classes)
-        self._population = steps.make_population_statistics(config, num_classes)
+        self._train_steps = steps.make_train_steps(config, num_classes, self.layout)
+        self._gradients = steps.make_gradients(config, num_classes, self.layout)
+        self._evaluate = steps.make_evaluate(config, num_classes, self.layout)
+        self._population = steps.make_population_statistics(config, num_classes, self.layout)
         self._learning_rate = partial(learning_rate, config.optimizer)
         self._compiled: dict[str, Future] = {}
         self._compiler = ThreadPoolExecutor(2)
         self._epoch_order = (-1, None)
+
+    def where(self) -> str:
+        """The devices in words, and what lies on them."""
+        name = console.device_name(self.devices)
+        if self.layout.count == 1:
+            return name
+        share = "a share of the data set" if self.layout.by_columns else "the data set"
+        return f"{name}, batches split over {self.layout.count} and {share} on each"
 
     def template(self) -> TrainState:
         """The shapes and types of the state."""
@@ -119,7 +133,7 @@ class Programs:
             return self._stream.position(step)
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, jax.device_put(self._order(epoch), self._sharding))
+            self._epoch_order = (epoch, self._put_order(self._order(epoch)))
         return (*self._data["train"], self._epoch_order[1], np.int32(first))
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -146,11 +160,16 @@ class Programs:
 
     def place(self, state: PyTree) -> PyTree:
         """Arrays of the host, such as a checkpoint has, as `advance` takes them."""
-        return jax.device_put(state)
+        return mesh.put(state, self._sharding)
 
     def gather(self, state: PyTree) -> PyTree:
         """What `place` takes to give `state` again."""
         return state
+
+    def fresh_metrics(self, state: TrainState) -> TrainState:
+        """`state` with nothing in its metrics; `state` is used up."""
+        empty = jax.tree.map(np.zeros_like, self.gather(state.metrics))
+        return state.replace(metrics=self.place(empty))
 
     def split(self, tree: PyTree) -> list[PyTree]:
         """The part of each run, on the host: of this one run here, of each member in a group's programs."""
@@ -163,7 +182,7 @@ class Programs:
 
     def learning_rate(self, step: int) -> Array:
         """The learning rate of the update that leads from `step` to `step + 1`."""
-        return self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True)
+        return self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True, here=True)
 
     def close(self) -> None:
         """Ends what reads streamed data; if it is asked to train again it starts again."""
@@ -171,22 +190,42 @@ class Programs:
             self._stream.close()
 
     def _call(
-        self, name: str, function: Callable, *arguments: Any, donate: Sequence[int] = (), once: bool = False
+        self,
+        name: str,
+        function: Callable,
+        *arguments: Any,
+        donate: Sequence[int] = (),
+        once: bool = False,
+        here: bool = False,
     ) -> Any:
-        """Calls `function`, compiled under `name`; `once` spares the optimising of what hardly runs."""
+        """Calls `function`, compiled under `name`.
+
+        Args:
+          donate: which of the arguments it uses up.
+          once: spares the optimising of what hardly runs.
+          here: the result need not lie as a state does, and no other process makes the same call.
+        """
         if name not in self._compiled:
-            self._compiled[name] = self._compiler.submit(self._compile, function, arguments, donate, once)
+            self._compiled[name] = self._compiler.submit(self._compile, function, arguments, donate, once, here)
         program = self._compiled[name]
         if not program.done():
             started = time.monotonic()
             program.exception()  # waits
             self.compile_seconds += time.monotonic() - started
-        return program.result()(*arguments)
+        result = program.result()(*arguments)
+        # Several programs under way at once can wait for one another's collectives for ever.
+        return result if self.layout.count == 1 else jax.block_until_ready(result)
 
     def _compile(
-        self, function: Callable, arguments: Sequence[Any], donate: Sequence[int] = (), once: bool = False
+        self,
+        function: Callable,
+        arguments: Sequence[Any],
+        donate: Sequence[int] = (),
+        once: bool = False,
+        here: bool = False,
     ) -> Callable:
-        lowered = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding).lower(*arguments)
+        out = None if here else self._sharding
+        lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*arguments)
         if jax.default_backend() != "cpu":
             return lowered.compile()
         try:
@@ -196,8 +235,11 @@ class Programs:
                 raise
             return lowered.compile()  # a compiler that no longer has one of them
 
-    def _on_device(self, split: Split) -> tuple[Array, Array]:
-        return jax.device_put((split.images.reshape(len(split), -1), split.labels), self._replicated)
+    def _put_examples(self, split: Split) -> tuple[Array, Array]:
+        return self.layout.put(split.images.reshape(len(split), -1), split.labels)
+
+    def _put_order(self, order: np.ndarray) -> Array:
+        return mesh.put(order, self._sharding)
 
 
 def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:

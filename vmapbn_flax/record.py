@@ -6,7 +6,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vmapbn_flax import console
 from vmapbn_flax.checkpoint import versions
 from vmapbn_flax.config import flat, resume_changes
 from vmapbn_flax.errors import RunError
@@ -86,7 +85,7 @@ class Record:
         rows = [row for row in self.rows if name in row and row["step"] in saved]
         return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]), default=None)
 
-    def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float]) -> dict[str, Any]:
+    def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float], device: str) -> dict[str, Any]:
         """Writes the last evaluation's figures to TensorBoard's hparams and the summary, which it returns."""
         best = self.best_row(saved)
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
@@ -100,7 +99,7 @@ class Record:
             "best_metric": best[self._selection],
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "seed": self.config.seed,
-            "device": console.device_name(),
+            "device": device,
             "versions": versions(),
         }
         write_json(self.workdir / "summary.json", summary)

@@ -46,7 +46,8 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
       RunError: a process failed, or the run was over before it could be stopped.
     """
     validate(config)
-    dataset = load_dataset(config.data.name, config.data.dir, config.data.validation_size)
+    data = config.data
+    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
     validate_sizes(config, len(dataset.train))
     total = steps_in(config.train.num_epochs, len(dataset.train) // config.train.batch_size)
     log_every = min(config.train.log_every, max(1, total // 4))  # so that at the first row there is much to go

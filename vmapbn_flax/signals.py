@@ -11,16 +11,19 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[list[int]]:
-    """Collects the signals that arrive in its block, to be acted on when there is something whole to save.
+def deferred(received: list[int] | None = None) -> Iterator[list[int]]:
+    """Collects the signals that arrive in its block in `received`, to be acted on when there is something to save.
 
-    A second one ends the process at once.
+    A second one ends the process at once; what others put in `received` does not count.
     """
-    received: list[int] = []
+    received = [] if received is None else received
+    first = True
 
     def receive(signum: int, frame: object) -> None:
-        if received:
+        nonlocal first
+        if not first:
             os._exit(128 + signum)
+        first = False
         received.append(signum)
 
     with _handled(receive):

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
+from vmapbn_flax.mesh import ONE_DEVICE, Layout
 from vmapbn_flax.metrics import EvalMetrics, TrainMetrics
 from vmapbn_flax.state import (
     Hyperparameters,
@@ -52,11 +53,14 @@ def take_batch(
     labels: Int[Array, " examples"],
     permutation: Int[Array, " examples"],
     number: Int[Array, ""],
-    size: int,
+    config: ConfigDict,
+    layout: Layout,
 ) -> Batch:
-    """The `number`-th batch of an epoch in the order of `permutation`."""
+    """The `number`-th batch of an epoch in the order of `permutation`, padded if the devices do not divide it."""
+    size = config.train.batch_size
     rows = lax.dynamic_slice_in_dim(permutation, number * size, size)
-    return Batch(images.at[rows].get(mode="promise_in_bounds"), labels.at[rows].get(mode="promise_in_bounds"))
+    rows, mask = layout.pad(rows, config.model.ghost_batch_size or 1)
+    return Batch(*layout.take(images, labels, rows), mask)
 
 
 def make_loss(config: ConfigDict, num_classes: int) -> Callable:
@@ -128,7 +132,7 @@ def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
     return train_step
 
 
-def make_train_steps(config: ConfigDict, num_classes: int) -> Callable[..., TrainState]:
+def make_train_steps(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., TrainState]:
     """`train_steps(state, hyper, images, labels, permutation, first, num_steps) -> state`.
 
     `num_steps` steps of one epoch from its batch `first` on, over the training set on the device. Both
@@ -136,7 +140,6 @@ def make_train_steps(config: ConfigDict, num_classes: int) -> Callable[..., Trai
     is cut.
     """
     train_step = make_train_step(config, num_classes)
-    size = config.train.batch_size
 
     def train_steps(
         state: TrainState,
@@ -148,33 +151,35 @@ def make_train_steps(config: ConfigDict, num_classes: int) -> Callable[..., Trai
         num_steps: Int[Array, ""],
     ) -> TrainState:
         def body(i: Array, state: TrainState) -> TrainState:
-            return train_step(state, hyper, take_batch(images, labels, permutation, first + i, size))[0]
+            return train_step(state, hyper, take_batch(images, labels, permutation, first + i, config, layout))[0]
 
         return lax.fori_loop(0, num_steps, body, state)
 
     return train_steps
 
 
-def make_gradients(config: ConfigDict, num_classes: int) -> Callable[..., tuple[Array, Any]]:
+def make_gradients(
+    config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE
+) -> Callable[..., tuple[Array, Any]]:
     """`gradients(state, hyper, images, labels, permutation, number) -> (logits, gradients)` of one batch."""
     loss = make_loss(config, num_classes)
 
     def gradients(
         state: TrainState, hyper: Hyperparameters, images: Array, labels: Array, permutation: Array, number: Array
     ) -> tuple[Array, Any]:
-        batch = take_batch(images, labels, permutation, number, config.train.batch_size)
+        batch = take_batch(images, labels, permutation, number, config, layout)
         grads, (logits, _, _) = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, hyper, batch)
-        return logits, grads
+        return logits[: config.train.batch_size], grads
 
     return gradients
 
 
-def make_evaluate(config: ConfigDict, num_classes: int) -> Callable[..., EvalMetrics]:
+def make_evaluate(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., EvalMetrics]:
     """`evaluate(params, batch_stats, hyper, images, labels) -> EvalMetrics`, each example counted once.
 
     Given a `count`, only as many of the first ones are.
     """
-    size = config.train.eval_batch_size
+    size = layout.padded(config.train.eval_batch_size)
 
     def evaluate(
         params: Any,
@@ -192,10 +197,11 @@ def make_evaluate(config: ConfigDict, num_classes: int) -> Callable[..., EvalMet
             rows = i * size + jnp.arange(size)
             mask = rows < count
             rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
-            logits = network.apply(variables, to_inputs(images[rows]), train=False)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+            batch = Batch(*layout.take(images, labels, rows), mask)
+            logits = network.apply(variables, to_inputs(batch.images), train=False)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return metrics.merge(
-                EvalMetrics.single_from_model_output(loss=losses, logits=logits, labels=labels[rows], mask=mask)
+                EvalMetrics.single_from_model_output(loss=losses, logits=logits, labels=batch.labels, mask=batch.mask)
             )
 
         return lax.fori_loop(0, -(-count // size), body, EvalMetrics.empty())
@@ -203,7 +209,7 @@ def make_evaluate(config: ConfigDict, num_classes: int) -> Callable[..., EvalMet
     return evaluate
 
 
-def make_population_statistics(config: ConfigDict, num_classes: int) -> Callable[..., Any]:
+def make_population_statistics(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
     """`statistics(params, batch_stats, hyper, images) -> batch_stats` of all the images as one batch.
 
     A training-mode pass with momentum 0 leaves exactly that: each layer's pooled mean and variance, given
@@ -215,7 +221,8 @@ def make_population_statistics(config: ConfigDict, num_classes: int) -> Callable
     ) -> Any:
         network = make_network(config.model, num_classes, hyper.replace(batch_norm_momentum=0.0))
         variables = {"params": params, "batch_stats": batch_stats}
-        _, updates = network.apply(variables, to_inputs(images), train=True, mutable=["batch_stats"])
+        inputs = to_inputs(layout.without_padding(images))
+        _, updates = network.apply(variables, inputs, train=True, mutable=["batch_stats"])
         return updates["batch_stats"]
 
     return statistics

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import jax
 import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -35,6 +34,7 @@ class Stream:
       num_steps: of the run.
       order: the permutation of the training examples in an epoch.
       put: arrays of the host to the device.
+      put_order: a permutation to the device.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Stream:
         num_steps: int,
         order: Callable[[int], np.ndarray],
         put: Callable[[Split], Arrays],
+        put_order: Callable[[np.ndarray], Array],
     ):
         self._train, self._put = dataset.train, put
         self._order = functools.lru_cache(maxsize=1)(order)
@@ -54,7 +55,7 @@ class Stream:
         self._window_steps = -(-self._epoch_steps // -(-self._epoch_steps // most))  # none much shorter than the rest
         self._epoch_windows = -(-self._epoch_steps // self._window_steps)
         self._end = self._locate(num_steps - 1)[0] + 1
-        self._in_order = jax.device_put(np.arange(self._window_steps * self._batch_size, dtype=np.int32))
+        self._in_order = put_order(np.arange(self._window_steps * self._batch_size, dtype=np.int32))
         self._windows: Iterator[Arrays] | None = None
         self.close()
 

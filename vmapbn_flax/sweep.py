@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax import console, mesh, signals
 from vmapbn_flax.checkpoint import Checkpoints
 from vmapbn_flax.config import validate_sizes
-from vmapbn_flax.errors import Interrupted, RunError
+from vmapbn_flax.errors import Interrupted, RunError, UsageError
 from vmapbn_flax.expand import Member, expand, program_key
 from vmapbn_flax.files import workdir_lock
 from vmapbn_flax.group import GroupPrograms
@@ -36,6 +36,11 @@ def train_sweep(config: ConfigDict, workdir: Path) -> Ledger:
       RunError: the workdir is in use, damaged or of another sweep.
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
+    if config.distributed.coordinator:
+        raise UsageError(
+            f"config.distributed.coordinator: got {config.distributed.coordinator!r} for a sweep, expected '': a sweep "
+            f"uses the devices of one process. Give each process a sweep, and a workdir, of its own."
+        )
     members = {member.name: member for member in expand(config)}
     mesh.divide_cpu(config, sweep=True)
     datasets = Datasets()
@@ -140,8 +145,9 @@ class GroupRun(Run):
             for record, state in zip(self._records, self._programs.split(self._state), strict=True):
                 if not record.stopped:
                     stack.enter_context(self._saving(record, state, self.step))
+        device = console.device_name(self._programs.devices)
         for record in self._active():
-            summaries[record.name] = record.finish(self.step, [self.step], self.seconds())
+            summaries[record.name] = record.finish(self.step, [self.step], self.seconds(), device)
         self._ledger.mark(summaries, "done", self.step)
         return summaries
 

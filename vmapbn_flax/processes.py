@@ -1,0 +1,262 @@
+"""Many processes, one run: process 0 leads, and the others follow it call by call.
+
+The leader runs the loop. It alone has the workdir, and it alone decides what comes next: before each call that works
+on the devices of all processes it says which one, and the others make the same call with the same numbers. What they
+report in turn are signals, so that one sent to any process stops all of them at the same step.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import traceback
+import zlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jaxtyping import Int, PyTree
+from ml_collections import ConfigDict
+
+from vmapbn_flax import signals
+from vmapbn_flax.errors import EndedElsewhere, Interrupted, RunError, UsageError, UserError
+from vmapbn_flax.metrics import EvalMetrics
+from vmapbn_flax.programs import Programs
+from vmapbn_flax.state import TrainState
+
+_HEARTBEAT_SECONDS = 6  # of silence after which a process is taken for dead
+_END, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE = range(6)
+
+
+class Group:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+      config: of the run, the same in all of them.
+      follows: whether another process leads.
+      parted: whether all of them know that this is the end.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.follows = jax.process_index() > 0
+        self._many = jax.process_count() > 1
+        self.parted = not self._many
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """If the block ends in a UserError in one process, the others exit, without a word, with its status."""
+        try:
+            yield
+        except UserError as error:
+            self.exchange(error.exit_status)
+            self.parted = True
+            raise
+        if status := self.exchange(0).max():
+            self.parted = True
+            raise EndedElsewhere(int(status))
+
+    def require_same_config(self) -> None:
+        """Refuses to go on with one config here and another there."""
+        with self.together():
+            checksums = self.exchange(zlib.crc32(self.config.to_json(sort_keys=True).encode()) >> 1)
+            if len(set(checksums[:, 0].tolist())) > 1:
+                raise UsageError(
+                    "got configs that differ between processes, expected the same command line in all of them but for "
+                    "config.distributed.process_id"
+                )
+
+    @contextlib.contextmanager
+    def led(self, programs: Programs, received: list[int]) -> Iterator[Programs]:
+        """`programs`, called in every process; signals that the others get go to `received`."""
+        if not self._many:
+            yield programs
+            return
+        leader = _Leader(self, programs, received)
+        try:
+            yield leader
+        except BaseException as error:
+            if status := _exit_status(error):
+                leader.announce(_END, status)
+                self.parted = True
+            raise
+        leader.announce(_END)
+        self.parted = True
+
+    def follow(self, programs: Programs) -> None:
+        """Makes the leader's calls until it ends, and exits with its status if that is not 0."""
+        state = None
+        with signals.deferred([]) as received:
+            while True:
+                call, *numbers = self.exchange(0, 0, 0, *received[:1])[0, :3].tolist()
+                if call == _END:
+                    self.parted = True
+                    if status := numbers[0]:
+                        raise EndedElsewhere(status)
+                    return
+                if call == _CREATE:
+                    state = programs.create()
+                elif call == _PLACE:
+                    state = programs.place(self.broadcast(programs.template()))
+                elif call == _ADVANCE:
+                    state = programs.advance(state, *numbers)
+                elif call == _FRESH_METRICS:
+                    state = programs.fresh_metrics(state)
+                elif call == _MEASURE:
+                    programs.measure(state)
+
+    def exchange(self, *numbers: int) -> Int[np.ndarray, "processes 4"]:
+        """Up to four numbers of each process, the same in all of them, once all of them have called this."""
+        row = np.zeros(4, np.int32)
+        row[: len(numbers)] = numbers
+        if not self._many:
+            return row[np.newaxis]
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(row)
+
+    def broadcast(self, tree: PyTree) -> PyTree:
+        """The leader's arrays, for arrays of the same shapes and types."""
+        from jax.experimental import multihost_utils
+
+        leaves, structure = jax.tree.flatten(tree)
+        sizes = [int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
+        # As bytes: they are sent as a sum with zeros, which would turn -0.0 into 0.0.
+        if self.follows:
+            content = np.zeros(sum(sizes), np.uint8)
+        else:
+            content = np.concatenate([np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
+        parts = np.split(np.asarray(multihost_utils.broadcast_one_to_all(content)), np.cumsum(sizes)[:-1])
+        arrays = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(structure, arrays)
+
+
+class _Leader:
+    """`Programs` as the loop of process 0 has them: each call on all devices is announced before it is made."""
+
+    def __init__(self, group: Group, programs: Programs, received: list[int]):
+        self._group, self._programs, self._received = group, programs, received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._programs, name)
+
+    def announce(self, call: int, *numbers: int) -> None:
+        signums = self._group.exchange(call, *numbers)[1:, 3]
+        if signums.any() and not self._received:
+            self._received.append(int(signums.max()))
+
+    def create(self) -> TrainState:
+        self.announce(_CREATE)
+        return self._programs.create()
+
+    def place(self, state: PyTree) -> PyTree:
+        self.announce(_PLACE)
+        return self._programs.place(self._group.broadcast(state))
+
+    def advance(self, state: TrainState, step: int, count: int) -> TrainState:
+        self.announce(_ADVANCE, step, count)
+        return self._programs.advance(state, step, count)
+
+    def fresh_metrics(self, state: TrainState) -> TrainState:
+        self.announce(_FRESH_METRICS)
+        return self._programs.fresh_metrics(state)
+
+    def measure(self, state: TrainState) -> dict[str, EvalMetrics]:
+        self.announce(_MEASURE)
+        return self._programs.measure(state)
+
+
+@contextlib.contextmanager
+def joined(config: ConfigDict) -> Iterator[Group]:
+    """Makes this process one of those that `config.distributed` speaks of.
+
+    Where they do not come to an end together, since one died or failed on its own, the others exit as soon as they
+    find out, with a line that says so and status 1.
+
+    Raises:
+      RunError: the processes do not find one another.
+      UsageError: their configs differ.
+    """
+    distributed = config.distributed.to_dict()
+    config = config.copy_and_resolve_references()
+    config.distributed.update(coordinator="", num_processes=1, process_id=0)  # how it is run is not what is run
+    if not distributed["coordinator"]:
+        yield Group(config)
+        return
+    _initialize(**distributed)
+    group = Group(config)
+    try:
+        group.require_same_config()
+        yield group
+    except BaseException as error:
+        if not group.parted:
+            _leave(error)
+        raise
+    finally:
+        jax.distributed.shutdown()  # which waits for the others: only now that all of them are on their way
+
+
+def _initialize(coordinator: str, num_processes: int, process_id: int) -> None:
+    """jax.distributed's part, with its ways to handle signals and failures replaced by ours."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+    where = {"cluster_detection_method": "slurm"}
+    if coordinator != "slurm":
+        where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    try:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise RunError(
+            f"config.distributed: got {_first_line(error)}; expected {num_processes} processes to meet at "
+            f"{coordinator!r} within five minutes. Start as many, each with its own process_id."
+        ) from error
+
+
+def _exit_status(error: BaseException) -> int | None:
+    """Of an error that ends one process in good order, and so can end the others."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.args or (signal.SIGINT,))[0]
+    if isinstance(error, OSError):
+        return 1
+    return error.exit_status if isinstance(error, UserError | Interrupted) else None
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Exits now: what else there is to do at the end of a process waits for the others."""
+    if isinstance(error, KeyboardInterrupt):
+        message = "stopped; the same command in every process starts again"
+    elif isinstance(error, UserError | OSError):
+        message = str(error)
+    # What XLA raises where a connection breaks depends on the device.
+    elif isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+        message = f"{_LOST} ({_first_line(error)})"
+    else:
+        message = traceback.format_exc()
+    _exit(message, _exit_status(error) or 1)
+
+
+_LOST = (
+    "lost another process of this run, which ended or cannot be reached; the same command in every process continues "
+    "from the newest checkpoint"
+)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    sys.stdout.flush()
+    os.write(2, f"error: {message}\n".encode())  # not through a buffer that another thread may hold
+    os._exit(status)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(signum: int) -> None:
+    """Handles SIGABRT, which is how jax.distributed ends a process when it finds that another one died.
+
+    A handler of Python's own would run when that thread gets back to Python, which it does not.
+    """
+    _exit(_LOST, 1)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
