@@ -30,16 +30,17 @@ def make(devices, **changes):
 
 
 @functools.cache
-def first_state():
-    """Of all these runs; on the host."""
-    return jax.tree.map(np.array, make(1).create())
+def first_state(**optimizer):
+    """Of all these runs with batch norm; on the host."""
+    return jax.tree.map(np.array, make(1, **optimizer).create())
 
 
 @functools.cache
 def trained(devices, **changes):
     """The losses of 50 steps, and parameters, statistics and evaluation after them."""
     programs = make(devices, **changes)
-    return train_on(programs, programs.place(first_state()), 0)
+    optimizer = {name: value for name, value in changes.items() if name.startswith("optimizer")}
+    return train_on(programs, programs.place(first_state(**optimizer)), 0)
 
 
 def train_on(programs, state, first):
@@ -63,6 +64,7 @@ def test_same_numbers(devices):
     assert_equal(trained(devices), trained(1), 1e-5)
 
 
+@pytest.mark.slow
 def test_same_numbers_with_adam():
     """But for the biases in front of norms, the means that move with them, and what evaluation makes of the two."""
 
@@ -76,12 +78,20 @@ def test_same_numbers_with_adam():
     assert_equal(shown(trained(8, **adam)), shown(trained(1, **adam)), 1e-5)
 
 
-@pytest.mark.parametrize(("devices", "size"), [(4, 18), (8, 5)])
+@pytest.mark.parametrize(("devices", "size"), [(4, 18), pytest.param(8, 5, marks=pytest.mark.slow)])
 def test_batches_that_do_not_divide(devices, size):
     assert_equal(trained(devices, train__batch_size=size), trained(1, train__batch_size=size), 1e-5)
 
 
-@pytest.mark.parametrize(("devices", "norm"), [(2, "vmap"), (3, "vmap"), (8, "vmap"), (3, "batched")])
+@pytest.mark.parametrize(
+    ("devices", "norm"),
+    [
+        (2, "vmap"),
+        (3, "vmap"),
+        pytest.param(8, "vmap", marks=pytest.mark.slow),
+        pytest.param(3, "batched", marks=pytest.mark.slow),
+    ],
+)
 def test_ghost_batches(devices, norm):
     """The same groups on 3 devices, which divide them, and on 2 and 8, which do not."""
     assert_equal(trained(devices, **GHOSTS, model__norm=norm), trained(1, **GHOSTS), 1e-6)
@@ -144,7 +154,7 @@ GRADIENTS = ("all-reduce", "f32", PARAMETERS - sum(HIDDEN) + 3)
 COUNTS = [("all-reduce", "s32", 3), ("all-reduce", "f32", 2)]
 
 
-@pytest.mark.parametrize("norm", ["vmap", "batched"])
+@pytest.mark.parametrize("norm", ["vmap", pytest.param("batched", marks=pytest.mark.slow)])
 def test_collectives_of_a_step(norm):
     programs = make(8, model__norm=norm)
     programs.advance(programs.place(first_state()), 0, 1)

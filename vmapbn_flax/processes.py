@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import traceback
 import zlib
@@ -202,15 +203,23 @@ def _initialize(coordinator: str, num_processes: int, process_id: int) -> None:
     """jax.distributed's part, with its ways to handle signals and failures replaced by ours."""
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
-    where = {"cluster_detection_method": "slurm"}
-    if coordinator != "slurm":
+    if coordinator == "slurm":
+        if "SLURM_PROCID" not in os.environ:
+            raise UsageError(
+                "config.distributed.coordinator: got 'slurm' in a process that srun did not start, expected one that "
+                "it did. Start it with srun, or give it the 'host:port' of process 0."
+            )
+        where = {"cluster_detection_method": "slurm"}
+    else:
         where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     try:
+        if coordinator != "slurm" and process_id == 0:  # jax does not survive a port that is taken
+            socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
         jax.distributed.initialize(**where, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, OverflowError) as error:
         raise RunError(
-            f"config.distributed: got {_first_line(error)}; expected {num_processes} processes to meet at "
-            f"{coordinator!r} within five minutes. Start as many, each with its own process_id."
+            f"config.distributed: got {_first_line(error)}; expected {coordinator!r} to name where all processes meet "
+            f"within five minutes. Start distributed.num_processes of them, each with a process_id of its own."
         ) from error
 
 

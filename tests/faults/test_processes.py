@@ -187,6 +187,17 @@ def test_errors_end_all_with_their_status(two, together):
     assert "finished at step 54" in two.lines(0)[-1]
 
 
+def test_processes_that_cannot_meet(program, tmp_path):
+    """The port is taken; srun is not there."""
+    log = tmp_path / "log"
+    with socket.create_server(("", 0)) as taken:
+        for coordinator, status in ((f"localhost:{taken.getsockname()[1]}", 1), ("slurm", 2)):
+            flags = (f"--config.distributed.coordinator={coordinator}", f"--workdir={tmp_path}/run")
+            assert program.run("train", *FLAGS, *flags, log=log) == status
+            assert log.read_text().splitlines()[-1].startswith("error: config.distributed")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_four_processes_with_two_devices_each(servers, tmp_path, alone):
     """Killed once, continued by two, and by four again."""
