@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     train.eval_every = 1.0  # epochs between evaluations; each ends in a checkpoint
     train.eval_batch_size = 1000  # examples; changes speed and memory only
     train.max_skipped_steps = 10  # non-finite steps in a row that end the run
+    train.profile = False  # write a trace of a few steps to profile/ in the workdir
 
     config.mesh = mesh = ConfigDict()
     mesh.member = 0  # devices that a sweep's members are laid over; 0: all of this machine

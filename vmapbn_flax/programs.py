@@ -1,6 +1,7 @@
 """The compiled programs of a run, with the data they work on, on the device."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -33,7 +34,7 @@ class Programs:
     """Creates, advances and evaluates the state of a run of `config` on `dataset`.
 
     Each program is compiled when it is first called, the training step as soon as `compile_ahead` asks for it;
-    `compile_seconds` says how long was waited for that in all.
+    `compile_seconds` says how long was waited for that in all, and `device_seconds` by name how long each program ran.
 
     Raises:
       UsageError: the config does not fit the data.
@@ -48,6 +49,7 @@ class Programs:
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self.hyper = make_hyperparameters(config, self.steps_per_epoch)
         self.compile_seconds = 0.0
+        self.device_seconds: dict[str, float] = defaultdict(float)
         self._seed, self._num_train = config.seed, len(dataset.train)
         self._data = {"train": self._on_device(dataset.train)}
         if dataset.validation is not None:
@@ -148,7 +150,10 @@ class Programs:
             started = time.monotonic()
             program.exception()  # waits
             self.compile_seconds += time.monotonic() - started
-        return program.result()(*arguments)
+        started = time.monotonic()
+        result = jax.block_until_ready(program.result()(*arguments))
+        self.device_seconds[name] += time.monotonic() - started
+        return result
 
     def _compile(
         self, function: Callable, arguments: Sequence[Any], donate: Sequence[int] = (), once: bool = False

@@ -86,7 +86,9 @@ class Record:
         rows = [row for row in self.rows if name in row and row["step"] in saved]
         return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]), default=None)
 
-    def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float]) -> dict[str, Any]:
+    def finish(
+        self, step: int, saved: Sequence[int], seconds: Mapping[str, float], speed: Mapping[str, int | float]
+    ) -> dict[str, Any]:
         """Writes the last evaluation's figures to TensorBoard's hparams and the summary, which it returns."""
         best = self.best_row(saved)
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
@@ -98,6 +100,7 @@ class Record:
             "best_step": best["step"],
             "best_metric": best[self._selection],
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "speed": dict(speed),
             "seed": self.config.seed,
             "device": console.device_name(),
             "versions": versions(),

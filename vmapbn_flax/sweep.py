@@ -135,13 +135,13 @@ class GroupRun(Run):
 
     def finish(self) -> dict[str, Any]:
         """Writes each member's checkpoint and summary, and marks it done; returns the summaries."""
-        summaries = {}
-        with self._clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
+        summaries, speed = {}, self._speed()
+        with self._timing.clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
             for record, state in zip(self._records, self._programs.split(self._state), strict=True):
                 if not record.stopped:
                     stack.enter_context(self._saving(record, state, self.step))
         for record in self._active():
-            summaries[record.name] = record.finish(self.step, [self.step], self.seconds())
+            summaries[record.name] = record.finish(self.step, [self.step], self._timing.seconds(), speed)
         self._ledger.mark(summaries, "done", self.step)
         return summaries
 
