@@ -90,7 +90,7 @@ def test_summary_says_the_speed(profiled):
     assert {"startup", "compile", "train", "evaluate", "checkpoint", "total", "profile"} == set(summary["seconds"])
 
 
-def test_clocks_by_hand(monkeypatch):
+def test_clocks_by_hand(monkeypatch, unchecked):
     now = SimpleNamespace(time=100.0)
     monkeypatch.setattr(timing.time, "monotonic", lambda: now.time)
     programs = SimpleNamespace(compile_seconds=0.0, device_seconds={"train": 0.0})
