@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     train.eval_every = 1.0  # epochs between evaluations; each ends in a checkpoint
     train.eval_batch_size = 1000  # examples; changes speed and memory only
     train.max_skipped_steps = 10  # non-finite steps in a row that end the run
+    train.profile = False  # write a trace of a few steps to profile/ in the workdir
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 0  # devices that batches are split over; 0: every GPU or TPU, one CPU device a process; sweeps: one

@@ -113,8 +113,16 @@ def test_invalid_value_is_named(name, value):
 
 
 def test_every_number_and_choice_has_an_invalid_value():
-    free = {"data.dir"}
+    free = {"data.dir", "train.profile"}
     assert {name for name, _ in INVALID} | free == set(flat(default.get_config()))
+
+
+def test_profile_is_a_boolean():
+    config = default.get_config()
+    with config.ignore_type():
+        config.train.profile = 2
+    with pytest.raises(UsageError, match=r"config\.train\.profile: got 2, expected True or False"):
+        validate(config)
 
 
 def test_ghost_batches_need_a_norm():
@@ -163,6 +171,7 @@ def test_lists_are_tuples():
         ("train.eval_every", 2.0),
         ("train.eval_batch_size", 7),
         ("train.max_skipped_steps", 3),
+        ("train.profile", True),
     ],
 )
 def test_may_change(name, value):

@@ -102,8 +102,9 @@ def figures(workdir):
     """All that a sweep found, without how long it took."""
     found = {}
     for name in Ledger(workdir).members:
-        summary = workdir / name / "summary.json"
-        found[name] = rows(workdir / name), summary.exists() and json.loads(summary.read_text()) | {"seconds": None}
+        path = workdir / name / "summary.json"
+        summary = json.loads(path.read_text()) | {"seconds": None} if path.exists() else None
+        found[name] = rows(workdir / name), summary
     return found
 
 

@@ -33,6 +33,7 @@ _MAY_CHANGE = (
     "train.eval_every",
     "train.eval_batch_size",
     "train.max_skipped_steps",
+    "train.profile",
 )
 
 
@@ -120,6 +121,7 @@ def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
         ("train.eval_every", 0 < train.eval_every < math.inf, "a positive number of epochs"),
         ("train.eval_batch_size", 1 <= train.eval_batch_size < 2**31, "1 or more examples"),
         ("train.max_skipped_steps", 1 <= train.max_skipped_steps < 2**31, "1 or more steps"),
+        ("train.profile", isinstance(train.profile, bool), "True or False"),
         ("mesh.data", config.mesh.data >= 0, "a number of devices, 0 for automatic"),
         ("mesh.member", config.mesh.member >= 0, "a number of devices, 0 for all"),
         ("mesh.cpu_devices", config.mesh.cpu_devices >= 0, "a number of devices, 0 for automatic"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
@@ -42,7 +43,8 @@ class GroupPrograms(Programs):
     def with_members(self, configs: Sequence[ConfigDict]) -> "GroupPrograms":
         """The same programs, compiled already, for as many other members."""
         other = copy.copy(self)
-        other.compile_seconds, other._epoch_order = 0.0, (-1, None)
+        other.compile_seconds, other.device_seconds = 0.0, defaultdict(float)
+        other._epoch_order = (-1, None)
         other._set_members(configs)
         return other
 

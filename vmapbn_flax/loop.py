@@ -2,8 +2,7 @@
 
 import contextlib
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from vmapbn_flax.mesh import divide_cpu, solo_mesh
 from vmapbn_flax.programs import Programs, figures
 from vmapbn_flax.record import Record
 from vmapbn_flax.state import steps_in
+from vmapbn_flax.timing import Timing
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
 
@@ -103,9 +103,9 @@ class Run:
     """
 
     def __init__(self, records: Sequence[Record], directory: Path, programs: Programs, started: float):
-        self._records, self._directory, self._programs, self._started = records, directory, programs, started
+        self._records, self._directory, self._programs = records, directory, programs
         self._config = records[0].config  # what is read from it is the same for all
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._timing = Timing(programs, started)
         self._eval_steps = max(1, steps_in(self._config.train.eval_every, programs.steps_per_epoch))
 
         restored = restore_latest(directory / "checkpoints", programs.template())
@@ -119,6 +119,7 @@ class Run:
                 )
         programs.compile_ahead(self.step)
         self._state = programs.create() if restored is None else programs.place(restored[0])
+        self._first_step = self.step
         self._checkpoints = Checkpoints(directory / "checkpoints")
         for record in self._active():
             record.open(self.step)
@@ -155,9 +156,10 @@ class Run:
           RunError: training diverged, or the first step left a running statistic where it was.
           Interrupted: a signal arrived; the state is saved.
         """
-        programs, total = self._programs, self._programs.total_steps
-        self._seconds["startup"] = time.monotonic() - self._started - programs.compile_seconds
+        total = self._programs.total_steps
+        self._timing.started_up()
         most_steps = 1  # at first, for a look at what a step does to the statistics
+        profile = self._config.train.profile  # of the few steps that come next, when the compiler is done
         while self._active():
             if self._evaluation_due():
                 progress.evaluated(self.step, self._evaluate_and_save())
@@ -167,7 +169,10 @@ class Run:
             if self.step == total:
                 return
             count = min(most_steps, self._next_stop() - self.step)
-            seconds = self._advance(count)
+            traced = profile and self.step > self._first_step
+            with self._timing.profile(self._records[0].workdir / "profile") if traced else contextlib.nullcontext():
+                seconds = self._advance(count)
+            profile = profile and not traced
             most_steps = max(1, min(8 * count, int(_WAKE_UP_SECONDS * count / seconds)))
             progress.advance(count)
 
@@ -180,7 +185,7 @@ class Run:
         """Takes `count` steps and writes the training rows if they are due; returns the seconds it took."""
         # A copy: on the CPU what comes back is a view of a buffer that the step writes to.
         before = jax.tree.map(np.array, self._programs.split(self._state.batch_stats)) if self.step == 0 else None
-        with self._clock("train") as clock:
+        with self._timing.clock("train") as clock:
             self._state = self._programs.advance(self._state, self.step, count)
             counters = self._programs.split((self._state.step, self._state.skipped_steps, self._state.skipped_in_a_row))
         self.step += count
@@ -223,7 +228,7 @@ class Run:
 
     def _evaluate_and_save(self) -> list[dict[str, float]]:
         """The figures of every record, or of a stopped one nothing."""
-        with self._clock("evaluate"):
+        with self._timing.clock("evaluate"):
             measured = self._programs.split(self._programs.measure(self._state))
             results = [{} if record.stopped else figures(m) for record, m in zip(self._records, measured, strict=True)]
         for record in self._active():
@@ -233,7 +238,7 @@ class Run:
         return results
 
     def _save(self) -> None:
-        with self._clock("checkpoint"):
+        with self._timing.clock("checkpoint"):
             for record in self._active():
                 record.flush()  # the rows of a checkpoint are on the disk before it is
             self._checkpoints.save(self.step, self._programs.gather(self._state), **self._described())
@@ -249,36 +254,22 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Writes the picture, TensorBoard's hparams and the summary; prints the summary and returns it."""
+        speed = self._timing.speed((self.step - self._first_step) * self._config.train.batch_size)
         from vmapbn_flax.plot import plot_runs
 
         (record,) = self._records
-        with self._clock("checkpoint"):
+        with self._timing.clock("checkpoint"):
             saved = [self.step, *self._checkpoints.steps()]
         picture = self._directory / "accuracy.png"
         record.flush()
         plot_runs([self._directory], picture)
         device = console.device_name(self._programs.devices)
-        summary = record.finish(self.step, saved, self.seconds(), device)
+        summary = record.finish(self.step, saved, self._timing.seconds(), device)
         results = {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "seed"}
-        console.table([*results.items(), ("seconds", summary["seconds"]["total"]), ("picture", picture)])
+        console.table(
+            [*results.items(), *speed.items(), ("seconds", summary["seconds"]["total"]), ("picture", picture)]
+        )
         return summary
-
-    def seconds(self) -> dict[str, float]:
-        """How long each thing took."""
-        seconds = {"compile": self._programs.compile_seconds, **self._seconds}
-        return {**seconds, "total": time.monotonic() - self._started}
-
-    @contextlib.contextmanager
-    def _clock(self, name: str) -> Iterator["_Clock"]:
-        """Adds the seconds of its block to `name`, without those spent compiling."""
-        clock, started, compiled = _Clock(), time.monotonic(), self._programs.compile_seconds
-        yield clock
-        clock.seconds = time.monotonic() - started - (self._programs.compile_seconds - compiled)
-        self._seconds[name] += clock.seconds
-
-
-class _Clock:
-    seconds = 0.0
 
 
 def _require_moved(before: Any, after: Any) -> None:

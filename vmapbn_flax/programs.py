@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -38,7 +39,7 @@ class Programs:
     """Creates, advances and evaluates the state of a run of `config` on `dataset`.
 
     Each program is compiled when it is first called, the training step when `compile_ahead` is;
-    `compile_seconds` says how long was waited for that in all.
+    `compile_seconds` says how long was waited for that in all, and `device_seconds` by name how long each program ran.
     Batches are split over the axis `data` of the mesh `devices`, or lie on the default device without one.
 
     Raises:
@@ -60,6 +61,7 @@ class Programs:
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self.hyper = make_hyperparameters(config, self.steps_per_epoch)
         self.compile_seconds = 0.0
+        self.device_seconds: dict[str, float] = defaultdict(float)
         self._seed, self._num_train = config.seed, len(dataset.train)
         self._stream = None
         if dataset.streamed:
@@ -104,15 +106,13 @@ class Programs:
 
     def create(self) -> TrainState:
         """The state before the first step."""
-        # Waits, for a lack of memory that `advance` were the first to meet would have it hang.
-        return jax.block_until_ready(self._call("create", self._create, self.hyper, once=True))
+        return self._call("create", self._create, self.hyper, once=True)
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
         """`count` steps from `step`, the step of `state`, on, within one epoch; `state` is used up."""
         end = step + count
         while step < end:
             if self._stream:
-                jax.block_until_ready(state)  # whose steps work on the window that may be let go next
                 count = min(end - step, self._stream.steps_left(step))
             arguments = (*self._position(step), np.int32(count))
             state = self._call("train", self._train_steps, state, self.hyper, *arguments, donate=(0,))
@@ -212,9 +212,12 @@ class Programs:
             started = time.monotonic()
             program.exception()  # waits
             self.compile_seconds += time.monotonic() - started
-        result = program.result()(*arguments)
-        # Several programs under way at once can wait for one another's collectives for ever.
-        return result if self.layout.count == 1 else jax.block_until_ready(result)
+        started = time.monotonic()
+        # Several programs under way at once can wait for one another's collectives for ever; a lack of memory that a
+        # second program is the first to meet hangs; and a window of streamed data is let go once it was trained on.
+        result = jax.block_until_ready(program.result()(*arguments))
+        self.device_seconds[name] += time.monotonic() - started
+        return result
 
     def _compile(
         self,

@@ -141,13 +141,13 @@ class GroupRun(Run):
     def finish(self) -> dict[str, Any]:
         """Writes each member's checkpoint and summary, and marks it done; returns the summaries."""
         summaries = {}
-        with self._clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
+        with self._timing.clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
             for record, state in zip(self._records, self._programs.split(self._state), strict=True):
                 if not record.stopped:
                     stack.enter_context(self._saving(record, state, self.step))
         device = console.device_name(self._programs.devices)
         for record in self._active():
-            summaries[record.name] = record.finish(self.step, [self.step], self.seconds(), device)
+            summaries[record.name] = record.finish(self.step, [self.step], self._timing.seconds(), device)
         self._ledger.mark(summaries, "done", self.step)
         return summaries
 

@@ -1,0 +1,99 @@
+"""From the command to the end: one and ten epochs, the first step, whole scripts of peers; and to an accuracy."""
+
+import importlib.util
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from commands import Caches, Finished, peer, seconds_to_first_step, train
+from measure import median, ratio, say, spread, table
+
+SCRIPTS = ("haiku", "torch")
+
+INTRO = """\
+Wall time of whole commands, from start to exit: imports, reading the data, compiling, training, evaluating, and for
+ours checkpoints, TensorBoard files and the picture. "Empty" and "filled" are the cache of compiled programs. The
+peers' scripts train {epochs} epochs and evaluate once at the end (`python -m peers haiku {epochs}`, in
+`tests/benchmarks`); ours evaluates and saves after each. The files of all of them were in the page cache. Memory is
+the maximum resident set size."""
+
+ACCURACY_INTRO = """\
+Seconds from the command, its cache filled, to the first evaluation at which the test accuracy reaches so much, for
+`configs/vmap_bn.py` with as many epochs in its schedule, evaluated and saved four times an epoch: the median over
+{seeds} seeds, with the lowest and the highest."""
+
+
+def accuracy(finished: Finished) -> float:
+    """The last test accuracy that a command says."""
+    said = " ".join(line for _, line in finished.lines if re.search(r"test_accuracy 0\.\d+$|^0\.\d+$", line))
+    return float(said.split()[-1])
+
+
+def run(repetitions: int, quick: bool) -> tuple[dict, str]:
+    many = 1 if quick else 10
+    scripts = [name for name in SCRIPTS if importlib.util.find_spec(name)]
+    times: dict[str, list[float]] = {}
+    memory: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
+
+    def note(name: str, finished: Finished) -> None:
+        times.setdefault(name, []).append(finished.seconds)
+        memory.setdefault(name, []).append(finished.megabytes)
+        accuracies.setdefault(name, []).append(accuracy(finished))
+
+    with tempfile.TemporaryDirectory() as directory:
+        caches = Caches(Path(directory))
+        # Not counted: they fill the cache, and bring what they read into the page cache.
+        train(caches.filled(), "--config.train.num_epochs=1")
+        for name in scripts:
+            peer(name, 1, caches.filled())
+        for repetition in range(repetitions):
+            for cache in ("empty", "filled"):
+                environment = getattr(caches, cache)
+                for epochs in dict.fromkeys((many, 1)):
+                    note(f"ours, {epochs} epochs, {cache}", train(environment(), f"--config.train.num_epochs={epochs}"))
+                times.setdefault(f"ours, to the first step, {cache}", []).append(seconds_to_first_step(environment()))
+            for name in scripts:
+                note(f"{name}, {many} epochs", peer(name, many, caches.filled()))
+            say(f"  round {repetition + 1} of {repetitions}")
+
+    peers = [f"{name}, {many} epochs" for name in scripts]
+    rows = []
+    for name, seconds in times.items():
+        whole = f"{many} epochs" in name
+        ratios = [median(ratio(times, name, other)) if whole else "" for other in peers]
+        figures = [f"{np.median(memory[name]):.0f}", f"{np.mean(accuracies[name]):.4f}"] if name in memory else ["", ""]
+        rows.append([name, median(seconds), spread(seconds), *ratios, *figures])
+    header = ["command", "seconds", "quartiles", *(f"to {name}" for name in scripts), "memory, MB", "test accuracy"]
+    markdown = f"{INTRO.format(epochs=many)}\n\n{table(header, rows)}"
+    return {"seconds": times, "megabytes": memory, "test_accuracy": accuracies}, markdown
+
+
+def run_accuracy(repetitions: int, quick: bool) -> tuple[dict, str]:
+    schedules, goals = ((1,) if quick else (5, 10, 20)), (0.97, 0.98)
+    found: dict[str, list[float | None]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        caches = Caches(Path(directory))
+        train(caches.filled(), "--config.train.num_epochs=1")  # fills the cache
+        for seed in range(repetitions):
+            for epochs in schedules:
+                flags = ("--config.train.eval_every=0.25", f"--config.train.num_epochs={epochs}")
+                lines = train(caches.filled(), *flags, f"--config.seed={seed}").lines
+                matches = [(at, re.search(r"test_accuracy (0\.\d+)", line)) for at, line in lines]
+                reached = [(at, float(match[1])) for at, match in matches if match]
+                for goal in goals:
+                    first = next((at for at, value in reached if value >= goal), None)
+                    found.setdefault(f"{epochs} epochs, {goal:.0%}", []).append(first)
+            say(f"  round {seed + 1} of {repetitions}")
+
+    def cell(seconds: list[float | None]) -> str:
+        if None in seconds:
+            return f"not in {seconds.count(None)} of {len(seconds)}"
+        return f"{median(seconds, 1)} ({min(seconds):.1f} to {max(seconds):.1f})"
+
+    rows = [
+        [f"{epochs} epochs", *(cell(found[f"{epochs} epochs, {goal:.0%}"]) for goal in goals)] for epochs in schedules
+    ]
+    markdown = table(["schedule", *(f"to {goal:.0%}" for goal in goals)], rows)
+    return {"seconds": found}, f"{ACCURACY_INTRO.format(seeds=repetitions)}\n\n{markdown}"

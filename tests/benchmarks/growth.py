@@ -1,0 +1,123 @@
+"""How the time of an example grows with the batch, the width, the data set and the number of members."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from epochs import as_inputs, long_config, make_epochs, make_floor
+from measure import Times, median, say, spread, table, take_turns
+
+from vmapbn_flax import mesh
+from vmapbn_flax.data import Dataset, Split, load_dataset
+from vmapbn_flax.group import GroupPrograms
+from vmapbn_flax.programs import Programs
+
+BATCHES = (32, 128, 512, 2048, 8192)
+WIDTHS = (100, 200, 400, 800, 1600)
+EXAMPLES = (60_000, 120_000, 300_000, 600_000)
+MEMBERS = (1, 4, 16, 64, 256)
+SECONDS = 0.3  # of a turn, about
+
+INTRO = """\
+Microseconds of training per example, and member, on one device: constant where time grows in proportion. All but what
+is named stays 60,000 examples, batches of 128, three layers of 100 and one run. A turn is a few steps, as many as
+take about {seconds} s, and for the size of the data set a whole epoch, of MNIST repeated, drawing its order included.
+The floor is the matrix products alone, over the same batches."""
+
+# What a turn trains, and the examples, times members, that it goes through.
+Turn = tuple[Callable[[], object], int]
+
+
+def make_turn(programs: Programs, examples_a_step: int) -> Turn:
+    """The first steps of a run or a group, over and over, as many as last a turn."""
+    state = programs.create()
+
+    def take(steps: int) -> float:
+        nonlocal state
+        started = time.perf_counter()
+        state = jax.block_until_ready(programs.advance(state, 0, steps))
+        return time.perf_counter() - started
+
+    few = min(3, programs.steps_per_epoch)
+    take(few)  # compiles
+    steps = int(np.clip(SECONDS * few / take(few), 1, programs.steps_per_epoch))
+    return lambda: take(steps), steps * examples_a_step
+
+
+def of_batches_or_widths(dataset: Dataset, images: jax.Array, field: str, values: tuple) -> dict[str, Turn]:
+    turns = {}
+    for value in values:
+        config = long_config()
+        config.update_from_flattened_dict({field: value})
+        size, label = config.train.batch_size, str(value[0] if isinstance(value, tuple) else value)
+        turn, examples = make_turn(Programs(config, dataset), size)
+        turns[label] = turn, examples
+        turns[f"{label} floor"] = make_floor(config, images, examples // size), examples
+    return turns
+
+
+def repeated(dataset: Dataset, examples: int) -> Dataset:
+    times = examples // len(dataset.train)
+    train = Split(np.tile(dataset.train.images, (times, 1, 1)), np.tile(dataset.train.labels, times))
+    return Dataset(dataset.name, dataset.num_classes, train, dataset.test)
+
+
+def of_data(dataset: Dataset, sizes: tuple) -> dict[str, Turn]:
+    turns = {}
+    for size in sizes:
+        programs = Programs(long_config(), repeated(dataset, size))
+        turns[f"{size:,}"] = make_epochs(programs), programs.steps_per_epoch * 128
+    return turns
+
+
+def of_members(dataset: Dataset, counts: tuple) -> dict[str, Turn]:
+    turns = {}
+    for count in counts:
+        configs = [long_config() for _ in range(count)]
+        for seed, config in enumerate(configs):
+            config.seed = seed
+        devices = mesh.member_mesh(configs[0], 1)
+        turns[str(count)] = make_turn(GroupPrograms(configs, dataset, devices), 128 * count)
+    return turns
+
+
+def microseconds(turns: dict[str, Turn], repetitions: int) -> Times:
+    """Per example, and member."""
+    times = take_turns({name: turn for name, (turn, _) in turns.items()}, repetitions)
+    return {name: [1e6 * value / turns[name][1] for value in seconds] for name, seconds in times.items()}
+
+
+def growth_table(what: str, times: Times) -> str:
+    first = next(iter(times))
+    with_floor = f"{first} floor" in times
+    rows = []
+    for name, values in times.items():
+        if name.endswith(" floor"):
+            continue
+        row = [name, median(values), spread(values), median(np.array(values) / times[first])]
+        if with_floor:
+            floor = times[f"{name} floor"]
+            row += [median(floor), median(np.array(values) / floor)]
+        rows.append(row)
+    header = [what, "µs an example", "quartiles", f"to {first}", *(["floor", "to the floor"] if with_floor else [])]
+    return table(header, rows)
+
+
+def run(repetitions: int, quick: bool) -> tuple[dict, str]:
+    dataset = load_dataset("mnist")
+    images = as_inputs(dataset)
+    few = slice(2) if quick else slice(None)
+    widths = tuple((width,) * 3 for width in WIDTHS)
+    makers = {
+        "batch": lambda: of_batches_or_widths(dataset, images, "train.batch_size", BATCHES[few]),
+        "width": lambda: of_batches_or_widths(dataset, images, "model.hidden", widths[few]),
+        "examples": lambda: of_data(dataset, EXAMPLES[few]),
+        "members": lambda: of_members(dataset, MEMBERS[few]),
+    }
+    found, tables = {}, []
+    for what, make in makers.items():
+        say(f"  {what}")
+        found[what] = microseconds(make(), repetitions)
+        tables.append(growth_table(what, found[what]))
+    return {"microseconds": found}, "\n\n".join([INTRO.format(seconds=SECONDS), *tables])

@@ -1,0 +1,75 @@
+"""How fast training is, beside its matrix products and beside other libraries, in one command of about ten minutes.
+
+    pip install -e '.[peers]'
+    python tests/benchmarks/performance.py > docs/performance.md
+    python tests/benchmarks/performance.py --only epochs sweep --repetitions 5
+
+Prints markdown, a table a section, and writes every single measurement to a JSON file. In each section everything takes
+turns (A B C A B C ...); a figure is the median over the rounds, and a ratio the median of the ratios of each round.
+"""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import cold
+import epochs
+import growth
+import sweep
+from measure import machine, say
+
+# What each section is called, its heading, what runs it, and its repetitions.
+SECTIONS = {
+    "epochs": ("Epochs", epochs.run, 15),
+    "cold": ("From the command to the end", cold.run, 3),
+    "accuracy": ("To an accuracy", cold.run_accuracy, 3),
+    "sweep": ("Members of a sweep", sweep.run, 3),
+    "sweep_command": ("A whole sweep", sweep.run_command, 2),
+    "growth": ("Growth", growth.run, 5),
+}
+
+HEAD = """\
+# Performance
+
+Written by `python tests/benchmarks/performance.py > docs/performance.md`; every measurement is in a JSON file beside
+it. In each section everything takes turns, so that whatever else the machine does strikes all alike. Figures are
+medians over the rounds, with their quartiles; ratios are taken round by round, and then their median.
+
+Machine: {processor}, {cores} cores, load {load:.2f} before the start. Python {python}, {versions}."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections")
+    parser.add_argument("--repetitions", type=int, help="of every section; by default each has its own number")
+    parser.add_argument("--quick", action="store_true", help="one repetition of the smallest sizes: a trial")
+    parser.add_argument("--json", type=Path, default=Path("performance.json"), help="default: %(default)s")
+    arguments = parser.parse_args()
+
+    found = {"machine": machine(), "sections": {}}
+    versions = ", ".join(f"{name} {version}" for name, version in found["machine"]["versions"].items())
+    print(HEAD.format_map({**found["machine"], "versions": versions}), flush=True)
+    status = 0
+    for name in arguments.only:
+        heading, run, repetitions = SECTIONS[name]
+        repetitions = 1 if arguments.quick else arguments.repetitions or repetitions
+        say(f"{name}: {repetitions} repetitions")
+        started = time.monotonic()
+        try:
+            measured, markdown = run(repetitions, arguments.quick)
+        except Exception:  # the others are still worth measuring
+            traceback.print_exc()
+            status = 1
+            continue
+        found["sections"][name] = {"repetitions": repetitions, **measured}
+        arguments.json.write_text(json.dumps(found, indent=1))
+        print(f"\n## {heading}\n\n{markdown}\n\nRounds: {repetitions}.", flush=True)
+        say(f"{name}: {time.monotonic() - started:.0f} s")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
