@@ -15,12 +15,15 @@ _SCHEDULES = ("cosine", "constant")
 _SWEEP_MODES = ("product", "zip", "random")
 _ON_FAILURE = ("continue", "stop")
 
-# What a resumed run may say differently: how often it reports, where its data lies, and a later end.
+# What a resumed run may say differently: how often it reports, what it runs on, where its data lies, and a later end.
 _MAY_CHANGE = (
     "mesh.data",
     "mesh.member",
     "mesh.cpu_devices",
     "mesh.replicate_limit",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
     "sweep_options.mode",
     "sweep_options.size",
     "sweep_options.seed",

@@ -3,8 +3,9 @@
     python tests/benchmarks/sweep.py
 
 Prints a markdown table: the median over the repetitions, and the median ratios to the solo epoch and to the floor of
-the same repetition, both measured on one device; `epoch.py` says what the floor is. Each number of devices is a process
-of its own, for a CPU is divided once and for all; the two take turns, and only one works at a time.
+the same repetition, both measured on one device, and then what the second device gains; `epoch.py` says what the floor
+is. Each number of devices is a process of its own, for a CPU is divided once and for all; the two take turns, and only
+one works at a time.
 """
 
 import argparse
@@ -99,6 +100,10 @@ def main() -> None:
     for name, values in times.items():
         ratios = (np.median(values / other) for other in (solo, floor))
         print(f"| {name} | {np.median(values):.3f} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    print("\nThroughput of 2 devices over that of 1:")
+    for size in arguments.members:
+        values = times[f"{size} members, 1 device"] / times[f"{size} members, 2 devices"]
+        print(f"{size} members: {np.median(values):.2f}, from {values.min():.2f} to {values.max():.2f}")
     return None
 
 
