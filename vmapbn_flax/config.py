@@ -16,12 +16,15 @@ _SWEEP_MODES = ("product", "zip", "random")
 _ON_FAILURE = ("continue", "stop")
 _WIDEST = 2**16  # units: between two layers of that many lie 17 GB of weights
 
-# What a resumed run may say differently: how often it reports, where its data lies, and a later end.
+# What a resumed run may say differently: how often it reports, what it runs on, where its data lies, and a later end.
 _MAY_CHANGE = (
     "mesh.data",
     "mesh.member",
     "mesh.cpu_devices",
     "mesh.replicate_limit",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
     "sweep_options.mode",
     "sweep_options.size",
     "sweep_options.seed",

@@ -6,28 +6,22 @@ report in turn are signals, so that one sent to any process stops all of them at
 """
 
 import contextlib
-import ctypes
-import os
 import signal
-import socket
-import sys
-import traceback
 import zlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
-from vmapbn_flax import signals
-from vmapbn_flax.errors import EndedElsewhere, Interrupted, RunError, UsageError, UserError
+from vmapbn_flax import distributed, signals
+from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 from vmapbn_flax.metrics import EvalMetrics
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.state import TrainState
 
-_HEARTBEAT_SECONDS = 6  # of silence after which a process is taken for dead
 _END, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE = range(6)
 
 
@@ -180,47 +174,23 @@ def joined(config: ConfigDict) -> Iterator[Group]:
       RunError: the processes do not find one another.
       UsageError: their configs differ.
     """
-    distributed = config.distributed.to_dict()
+    joining = config.distributed.to_dict()
     config = config.copy_and_resolve_references()
     config.distributed.update(coordinator="", num_processes=1, process_id=0)  # how it is run is not what is run
-    if not distributed["coordinator"]:
+    if not joining["coordinator"]:
         yield Group(config)
         return
-    _initialize(**distributed)
+    distributed.initialize(**joining)
     group = Group(config)
     try:
         group.require_same_config()
         yield group
     except BaseException as error:
         if not group.parted:
-            _leave(error)
+            distributed.leave(error, _exit_status(error) or 1)
         raise
     finally:
         jax.distributed.shutdown()  # which waits for the others: only now that all of them are on their way
-
-
-def _initialize(coordinator: str, num_processes: int, process_id: int) -> None:
-    """jax.distributed's part, with its ways to handle signals and failures replaced by ours."""
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
-    if coordinator == "slurm":
-        if "SLURM_PROCID" not in os.environ:
-            raise UsageError(
-                "config.distributed.coordinator: got 'slurm' in a process that srun did not start, expected one that "
-                "it did. Start it with srun, or give it the 'host:port' of process 0."
-            )
-        where = {"cluster_detection_method": "slurm"}
-    else:
-        where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    try:
-        if coordinator != "slurm" and process_id == 0:  # jax does not survive a port that is taken
-            socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError, KeyError, OSError, OverflowError) as error:
-        raise RunError(
-            f"config.distributed: got {_first_line(error)}; expected {coordinator!r} to name where all processes meet "
-            f"within five minutes. Start distributed.num_processes of them, each with a process_id of its own."
-        ) from error
 
 
 def _exit_status(error: BaseException) -> int | None:
@@ -230,42 +200,3 @@ def _exit_status(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return 1
     return error.exit_status if isinstance(error, UserError | Interrupted) else None
-
-
-def _leave(error: BaseException) -> NoReturn:
-    """Exits now: what else there is to do at the end of a process waits for the others."""
-    if isinstance(error, KeyboardInterrupt):
-        message = "stopped; the same command in every process starts again"
-    elif isinstance(error, UserError | OSError):
-        message = str(error)
-    # What XLA raises where a connection breaks depends on the device.
-    elif isinstance(error, jax.errors.JaxRuntimeError | ValueError):
-        message = f"{_LOST} ({_first_line(error)})"
-    else:
-        message = traceback.format_exc()
-    _exit(message, _exit_status(error) or 1)
-
-
-_LOST = (
-    "lost another process of this run, which ended or cannot be reached; the same command in every process continues "
-    "from the newest checkpoint"
-)
-
-
-def _exit(message: str, status: int) -> NoReturn:
-    sys.stdout.flush()
-    os.write(2, f"error: {message}\n".encode())  # not through a buffer that another thread may hold
-    os._exit(status)
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _aborted(signum: int) -> None:
-    """Handles SIGABRT, which is how jax.distributed ends a process when it finds that another one died.
-
-    A handler of Python's own would run when that thread gets back to Python, which it does not.
-    """
-    _exit(_LOST, 1)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200]

@@ -151,6 +151,19 @@ def test_the_leader_dies_while_a_follower_is_elsewhere(two):
     assert any(line.startswith(LOST) for line in two.lines(1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_falls_silent(two, silent):
+    """Its connections stay; the other does without it after six seconds."""
+    two.start(faults={silent: {"name": ADVANCE, "call": 5, "seconds": 2}})
+    two.wait_for(silent, "waiting")
+    two.servers[silent].signal(signal.SIGSTOP)
+    assert two.servers[1 - silent].wait(SECONDS) == 1
+    assert any(line.startswith(LOST) for line in two.lines(1 - silent))
+    two.servers[silent].signal(signal.SIGKILL)
+    assert two.servers[silent].wait() == -signal.SIGKILL
+
+
 def test_continued_in_one_process(two, program, alone, tmp_path):
     assert two.run(faults={1: {"name": ADVANCE, "call": 30}}) == [1, -signal.SIGKILL]
     (step, *_) = reversed(saved_steps(two.workdir / "checkpoints"))
