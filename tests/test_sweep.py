@@ -550,3 +550,9 @@ def test_killed_process_and_run_again(tmp_path):
     assert start(tmp_path / "killed").wait() == 0
     assert ledger_of(tmp_path / "killed") == ledger_of(tmp_path / "whole")
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+
+
+def test_a_sweep_is_of_one_process(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.distributed\.coordinator: got 'localhost:1' for a sweep, expected ''"):
+        sweep.train_sweep(sweep_config(distributed__coordinator="localhost:1"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
