@@ -219,7 +219,7 @@ def test_sizes_are_checked_before_anything_is_written(tmp_path):
 def test_data_larger_than_its_limit_is_refused(tmp_path, monkeypatch):
     streamed = dataclasses.replace(small.dataset(20), streamed=True)
     monkeypatch.setattr(plan, "load_dataset", lambda *where: streamed)
-    with pytest.raises(UsageError, match=r"config\.data\.memory_limit: got 2\.0, expected at least 0\.01, for small"):
+    with pytest.raises(UsageError, match=r"config\.data\.memory_limit: got 2\.0, expected at least 0\.01, for mnist"):
         sweep.train_sweep(sweep_config(), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
@@ -496,3 +496,9 @@ def test_padded_members_on_two_devices(tmp_path):
     assert [int(arrays.pop("devices")) for arrays in found] == [1, 2]
     small.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
     assert {array.shape[0] for array in found[1].values()} == {3}
+
+
+def test_a_sweep_is_of_one_process(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.distributed\.coordinator: got 'localhost:1' for a sweep"):
+        sweep.train_sweep(sweep_config(distributed__coordinator="localhost:1"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
