@@ -23,12 +23,12 @@ from measure import machine, say
 
 # What each section is called, its heading, what runs it, and its repetitions.
 SECTIONS = {
-    "epochs": ("Epochs", epochs.run, 15),
+    "epochs": ("Epochs", epochs.run, 12),
     "cold": ("From the command to the end", cold.run, 3),
     "accuracy": ("To an accuracy", cold.run_accuracy, 3),
     "sweep": ("Members of a sweep", sweep.run, 3),
     "sweep_command": ("A whole sweep", sweep.run_command, 2),
-    "growth": ("Growth", growth.run, 5),
+    "growth": ("Growth", growth.run, 3),
 }
 
 HEAD = """\
