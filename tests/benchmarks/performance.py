@@ -35,8 +35,8 @@ HEAD = """\
 # Performance
 
 Written by `python tests/benchmarks/performance.py > docs/performance.md`, which leaves every single measurement in
-`performance.json`. In each section everything takes turns, so that whatever else the machine does strikes all alike. Figures are
-medians over the rounds, with their quartiles; ratios are taken round by round, and then their median.
+`performance.json`. In each section everything takes turns, so that whatever else the machine does strikes all alike.
+Figures are medians over the rounds, with their quartiles; ratios are taken round by round, and then their median.
 
 Machine: {processor}, {cores} cores, load {load:.2f} before the start. Python {python}, {versions}."""
 
