@@ -48,6 +48,11 @@ def fastest(times: Times, names: Sequence[str]) -> str:
     return min(names, key=lambda name: np.median(times[name]))
 
 
+def count(number: int, what: str) -> str:
+    """`1 epoch`, `10 epochs`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def median(values: Sequence[float], digits: int = 2) -> str:
     return f"{np.median(values):.{digits}f}"
 

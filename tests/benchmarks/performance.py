@@ -23,20 +23,20 @@ from measure import machine, say
 
 # What each section is called, its heading, what runs it, and its repetitions.
 SECTIONS = {
-    "epochs": ("Epochs", epochs.run, 15),
+    "epochs": ("Epochs", epochs.run, 12),
     "cold": ("From the command to the end", cold.run, 3),
     "accuracy": ("To an accuracy", cold.run_accuracy, 3),
     "sweep": ("Members of a sweep", sweep.run, 3),
     "sweep_command": ("A whole sweep", sweep.run_command, 2),
-    "growth": ("Growth", growth.run, 5),
+    "growth": ("Growth", growth.run, 3),
 }
 
 HEAD = """\
 # Performance
 
-Written by `python tests/benchmarks/performance.py > docs/performance.md`; every measurement is in a JSON file beside
-it. In each section everything takes turns, so that whatever else the machine does strikes all alike. Figures are
-medians over the rounds, with their quartiles; ratios are taken round by round, and then their median.
+Written by `python tests/benchmarks/performance.py > docs/performance.md`, which leaves every single measurement in
+`performance.json`. In each section everything takes turns, so that whatever else the machine does strikes all alike.
+Figures are medians over the rounds, with their quartiles; ratios are taken round by round, and then their median.
 
 Machine: {processor}, {cores} cores, load {load:.2f} before the start. Python {python}, {versions}."""
 

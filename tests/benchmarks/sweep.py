@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from commands import Caches, Finished, train
 from epochs import FLOOR, long_config, make_epochs, make_floor_epoch, make_ours, make_peers
-from measure import ROOT, fastest, median, ratio, say, spread, table, timed
+from measure import ROOT, count, fastest, median, ratio, say, spread, table, timed
 
 from vmapbn_flax import mesh
 from vmapbn_flax.data import Dataset, load_dataset
@@ -47,7 +47,10 @@ def make_member_epochs(members: int, dataset: Dataset) -> Callable[[], None]:
 
 def work(devices: int, sizes: list[int]) -> None:
     dataset = load_dataset("mnist")
-    epochs = {f"{size} members, {devices} devices": (size, make_member_epochs(size, dataset)) for size in sizes}
+    epochs = {
+        f"{count(size, 'member')}, {count(devices, 'device')}": (size, make_member_epochs(size, dataset))
+        for size in sizes
+    }
     if devices == 1:
         others = {FLOOR: make_floor_epoch(dataset), "solo": make_ours(dataset, "vmap"), **make_peers(dataset)}
         for name, epoch in others.items():
@@ -88,7 +91,7 @@ def run(repetitions: int, quick: bool) -> tuple[dict, str]:
             worker.wait()
 
     times = {name: [seconds[name] for seconds in rounds] for name in rounds[0]}
-    peers = [name for name in times if name not in (FLOOR, "solo") and "members" not in name]
+    peers = [name for name in times if name not in (FLOOR, "solo") and "member" not in name]
     best = fastest(times, peers or [FLOOR])
     rows = [
         [
