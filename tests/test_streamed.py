@@ -105,7 +105,7 @@ def at_step(monkeypatch):
 def numbers(workdir):
     """The outcome of a run, but for where its data was."""
     result = outcome(workdir)
-    config = json.loads(result["config"])
+    config = json.loads(result["config.json"])
     del config["data"]["memory_limit"], config["data"]["dir"]
     return {**result, "config": config}
 

@@ -45,6 +45,8 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
 
 def _keep_compiled_programs() -> None:
     """Has JAX, once it is imported, keep compiled programs in the user's cache directory; its own settings win."""
+    if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower() in ("0", "f", "false", "n", "no", "off"):
+        return
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
     with contextlib.suppress(OSError):  # one that cannot be written is done without
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

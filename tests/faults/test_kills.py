@@ -162,7 +162,7 @@ def test_train_py(tmp_path, cache):
             said = process.stderr.read()
         return process.returncode, said
 
-    disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
+    disturbed, undisturbed = tmp_path / "disturbed" / "run", tmp_path / "undisturbed" / "run"
     assert run(disturbed, "starting of 47 steps", signal.SIGKILL)[0] == -signal.SIGKILL
     status, said = run(disturbed, "step 23 of 47", signal.SIGINT)
     assert status == 128 + signal.SIGINT

@@ -125,7 +125,7 @@ def test_same_numbers_as_one_process(together, alone):
     assert rows(together.workdir)[-1]["test_count"] == 37
     assert "on 2 x cpu, batches split over 2 and the data set on each" in together.lines(0)[0]
     assert together.lines(1) == []
-    assert outcome(together.workdir)["config"] == outcome(alone)["config"]
+    assert outcome(together.workdir)["config.json"] == outcome(alone)["config.json"]
 
 
 def test_a_process_dies(two, together):
