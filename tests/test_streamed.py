@@ -107,7 +107,7 @@ def numbers(workdir):
     result = outcome(workdir)
     config = json.loads(result["config.json"])
     del config["data"]["memory_limit"], config["data"]["dir"]
-    return {**result, "config": config}
+    return {**result, "config.json": config}
 
 
 def test_streamed_is_in_memory_bit_for_bit(finished):
