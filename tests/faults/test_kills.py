@@ -1,6 +1,6 @@
 """SIGKILL at any moment: the same command continues, and what it ends with is what was never disturbed.
 
-The long suite, with its figures: python -m pytest -m slow -s tests/faults/test_kills.py
+The long suite, with its figures: python -m pytest -n0 -m slow -s tests/faults/test_kills.py
 """
 
 import collections
