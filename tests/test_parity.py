@@ -59,7 +59,7 @@ def test_trees_of_other_shapes_do_not_compare():
 
 
 def test_real_mnist():
-    """100 steps and the contract of issue 2: each step's loss within 1e-4, and evaluations the same."""
+    """100 steps: each step's loss within 1e-4, and evaluations the same."""
     compared, built = {}, set()
 
     def make_network(model, *arguments, **keywords):
