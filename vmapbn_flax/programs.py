@@ -26,8 +26,8 @@ from vmapbn_flax.stream import Stream
 # Compiles the initialisation in a fifth of the time.
 _UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
-# Twelve per cent of an epoch: no copies of the optimizer's moments in the loop, whole vectors where there is AVX-512,
-# and the compiler's own code for reductions and products instead of a library's.
+# Fewer copies of the optimizer's moments in the loop, whole vectors where there is AVX-512, and the compiler's own code
+# for reductions and products instead of a library's; docs/performance.md has what that is worth.
 _CPU_OPTIONS = {
     "xla_cpu_copy_insertion_use_region_analysis": True,
     "xla_cpu_prefer_vector_width": 512,
