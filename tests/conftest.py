@@ -1,4 +1,7 @@
+import atexit
 import os
+import shutil
+import tempfile
 
 import jax
 import jaxtyping
@@ -8,9 +11,13 @@ from hypothesis import settings
 # Before anything imports the package: every annotated signature is a shape contract, checked at each call.
 jaxtyping.install_import_hook("vmapbn_flax", "beartype.beartype")
 
-# Nothing is kept in the user's cache directory, neither by these processes nor by those they start.
-jax.config.update("jax_compilation_cache_dir", "")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# What a process here compiles is for it and for those it starts, most of whose time it takes otherwise; not for the
+# user's cache, nor for all of a parallel run: JAX writes an entry in place, where others might read a part of it.
+_COMPILED = tempfile.mkdtemp(prefix="vmapbn_flax_compiled_")
+atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+for _name, _value in (("compilation_cache_dir", _COMPILED), ("persistent_cache_min_compile_time_secs", 0.1)):
+    jax.config.update(f"jax_{_name}", _value)
+    os.environ[f"JAX_{_name.upper()}"] = str(_value)
 
 # The same examples at every run; a first example pays for a compilation, so none has a deadline.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
@@ -23,13 +30,3 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """Compiles a program once that many tests run: nearly all of their time otherwise."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", "")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -15,8 +15,6 @@ from vmapbn_flax.programs import Programs
 from vmapbn_flax.steps import epoch_permutation
 from vmapbn_flax.stream import read_ahead
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 BATCH_GB = small.BATCH * (small.FEATURES + 4) / 1e9
 LIMITS = {1: 0.1 * BATCH_GB, 2: 4.1 * BATCH_GB, 4: 9.5 * BATCH_GB, 6: 100 * BATCH_GB}  # by the most steps in a window
 

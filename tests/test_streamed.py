@@ -17,10 +17,7 @@ from vmapbn_flax.cli import main
 from vmapbn_flax.data.records import Records
 from vmapbn_flax.programs import Programs
 
-pytestmark = [
-    pytest.mark.usefixtures("compilation_cache"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections, of itself
-]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
 
 TOTAL = 25  # steps, 5 an epoch: 90 training examples in batches of 16, and 10 held out
 BATCH_GB = 16 * (28 * 28 + 4) / 1e9

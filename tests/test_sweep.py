@@ -23,8 +23,6 @@ from vmapbn_flax.ledger import Ledger
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.state import TRACED_FIELDS, make_hyperparameters
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 ROOT = Path(__file__).parents[1]
 BASE = {"data__validation_size": 20, "train__log_every": 3, "train__eval_every": 1.4, "optimizer__name": "sgd"}
 RATES, SEEDS = (0.01, 0.03, 0.1, 0.3), (0, 1)

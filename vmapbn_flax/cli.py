@@ -47,11 +47,12 @@ def _keep_compiled_programs() -> None:
     """Has JAX, once it is imported, keep compiled programs in the user's cache directory; its own settings win."""
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower() in ("0", "f", "false", "n", "no", "off"):
         return
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
-    with contextlib.suppress(OSError):  # one that cannot be written is done without
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
+        with contextlib.suppress(OSError):  # one that cannot be written is done without
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
 
 
 def _report(message: str, status: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled, Lowered
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -102,7 +103,7 @@ class Programs:
             jax.eval_shape(self._create, self.hyper),
         )
         arguments = (state, self.hyper, *self._position(step), np.int32(1))
-        self._compiled["train"] = self._compiler.submit(self._compile, self._train_steps, arguments, donate=(0,))
+        self._start_compiling("train", self._train_steps, arguments, donate=(0,))
 
     def create(self) -> TrainState:
         """The state before the first step."""
@@ -205,11 +206,10 @@ class Programs:
           once: spares the optimising of what hardly runs.
           here: the result need not lie as a state does, and no other process makes the same call.
         """
-        if name not in self._compiled:
-            self._compiled[name] = self._compiler.submit(self._compile, function, arguments, donate, once, here)
-        program = self._compiled[name]
-        if not program.done():
+        program = self._compiled.get(name)
+        if program is None or not program.done():
             started = time.monotonic()
+            program = program or self._start_compiling(name, function, arguments, donate, once, here)
             program.exception()  # waits
             self.compile_seconds += time.monotonic() - started
         started = time.monotonic()
@@ -219,30 +219,38 @@ class Programs:
         self.device_seconds[name] += time.monotonic() - started
         return result
 
-    def _compile(
+    def _start_compiling(
         self,
+        name: str,
         function: Callable,
         arguments: Sequence[Any],
         donate: Sequence[int] = (),
         once: bool = False,
         here: bool = False,
-    ) -> Callable:
+    ) -> Future:
+        """Traces `function` and hands it to a thread; see `_call`."""
         out = None if here else self._sharding
+        # Not in the thread: tracing holds the interpreter, and two at a time would only hold up the first.
         lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*arguments)
-        if jax.default_backend() != "cpu":
-            return lowered.compile()
-        try:
-            return lowered.compile(_UNOPTIMISED if once else _CPU_OPTIONS)
-        except jax.errors.JaxRuntimeError as error:
-            if "compile option" not in str(error):
-                raise
-            return lowered.compile()  # a compiler that no longer has one of them
+        self._compiled[name] = self._compiler.submit(_compile, lowered, _UNOPTIMISED if once else _CPU_OPTIONS)
+        return self._compiled[name]
 
     def _put_examples(self, split: Split) -> tuple[Array, Array]:
         return self.layout.put(split.images.reshape(len(split), -1), split.labels)
 
     def _put_order(self, order: np.ndarray) -> Array:
         return mesh.put(order, self._sharding)
+
+
+def _compile(lowered: Lowered, cpu_options: Mapping[str, Any]) -> Compiled:
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    try:
+        return lowered.compile(cpu_options)
+    except jax.errors.JaxRuntimeError as error:
+        if "compile option" not in str(error):
+            raise
+        return lowered.compile()  # a compiler that no longer has one of them
 
 
 def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:

@@ -9,14 +9,8 @@ from vmapbn_flax.checkpoint import saved_steps
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Where processes keep their compiled programs."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def program(cache):
-    program = Program(cache)
+def program():
+    program = Program()
     yield program
     program.close()
 

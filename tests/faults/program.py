@@ -26,16 +26,16 @@ PROGRAMS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subp
 
 
 class Program:
-    """Runs processes, one at a time; what they compile is kept in the directory `cache`."""
+    """Runs processes, one at a time."""
 
-    def __init__(self, cache: Path):
+    def __init__(self):
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=environment(cache),
+            env=environment(),
         )
 
     def start(self, *argv: object, log: Path, **fault: object) -> None:
@@ -66,11 +66,9 @@ class Program:
         self._server.stdout.close()
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """Variables for a process that imports what the tests do and finds its compiled programs in `cache`."""
-    path = os.pathsep.join(map(str, (ROOT, TESTS)))
-    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {**os.environ, **cached, "PYTHONPATH": path}
+def environment() -> dict[str, str]:
+    """Variables for a process that imports what the tests do."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS)))}
 
 
 def _serve() -> None:

@@ -146,13 +146,13 @@ def at_length(run, undisturbed, kills):
     print(f"\n{phases.total()} kills, seed {SEED + 1}, {time.monotonic() - started:.0f} s: {dict(phases)}")
 
 
-def test_train_py(tmp_path, cache):
+def test_train_py(tmp_path):
     """The real program on the real data: killed at its first words, interrupted later, killed while it imports."""
     command = [sys.executable, "train.py", "--config=configs/tiny.py"]
 
     def run(workdir, last_words=None, signum=0):
         argv = [*command, f"--workdir={workdir}"]
-        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(cache)) as process:
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment()) as process:
             if last_words == "":
                 time.sleep(0.5)
             while last_words and last_words not in process.stderr.readline():

@@ -27,14 +27,14 @@ SECONDS = 120  # a limit for what takes ten or less on a machine that is not thi
 
 
 @pytest.fixture(scope="session")
-def servers(program, cache):
+def servers(program):
     """One for each process of a group; started when first needed."""
     with contextlib.ExitStack() as stack:
         started = [program]
 
         def first(count):
             while len(started) < count:
-                started.append(Program(cache))
+                started.append(Program())
                 stack.callback(started[-1].close)
             return started[:count]
 
