@@ -1,5 +1,6 @@
 """Runs on meshes of up to 8 devices. `test_devices.py` runs this file, in a process that has them."""
 
+import dataclasses
 import functools
 import re
 
@@ -108,6 +109,41 @@ def test_data_set_of_which_each_device_holds_a_share():
     logits, grads = programs.gradients(state, 3)
     assert logits.shape == (small.BATCH, small.CLASSES)
     assert_equal((logits, grads), make(1).gradients(whole, 3), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [(4, {"train__batch_size": 18}), (2, GHOSTS), pytest.param(8, {}, marks=pytest.mark.slow)],
+)
+def test_streamed_data_set(devices, changes):
+    """Windows of two batches, of which each device holds its share; batches and ghosts that do not divide."""
+    limit = 4.1 * (changes.get("train__batch_size", small.BATCH) * (small.FEATURES + 4)) / 1e9
+    config = small.config(**SGD | changes, mesh__data=devices, data__memory_limit=limit, train__eval_batch_size=5)
+    programs = Programs(config, dataclasses.replace(small.dataset(), streamed=True), mesh.solo_mesh(config))
+    assert_equal(train_on(programs, programs.place(first_state()), 0), trained(1, **changes), 1e-5)
+    images, labels, _, _ = programs._position(0)
+    padded = programs.layout.padded(config.train.batch_size, config.model.ghost_batch_size or 1)
+    assert {shard.data.shape for shard in images.addressable_shards} == {(2, padded // devices, small.FEATURES)}
+    assert {shard.data.shape for shard in labels.addressable_shards} == {(2, padded // devices)}
+    counts = [] if padded == config.train.batch_size else COUNTS
+    norms = [] if changes is GHOSTS else norm_collectives()
+    assert collectives(programs)[: len(norms)] == norms
+    assert collectives(programs)[len(norms) + 1 :] == counts
+    programs.close()
+
+
+def test_what_a_process_reads(monkeypatch):
+    """Of four with two devices each: the second, the last and the first. Padding is nobody's to read."""
+    layout = make(8).layout
+    batches = np.arange(2 * 14).reshape(2, 14)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    np.testing.assert_array_equal(layout.share(batches), [[4, 5, 6, 7], [18, 19, 20, 21]])
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    np.testing.assert_array_equal(layout.share(batches), [[12, 13, -1, -1], [26, 27, -1, -1]])
+    np.testing.assert_array_equal(layout.share(batches, group=7), np.full((2, 14), -1))
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    np.testing.assert_array_equal(layout.share(batches, group=7), batches)
 
 
 def test_small_data_set_lies_whole_on_each_device():

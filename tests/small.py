@@ -1,5 +1,6 @@
 """Small runs to test with: a synthetic data set, narrow networks, and trees compared bit for bit."""
 
+import dataclasses
 import functools
 
 import jax
@@ -41,7 +42,10 @@ def dataset(validation_size=0):
 
 def load(name, data_dir, validation_size, memory_limit=2.0):
     """`load_dataset` to which "small" is one, too."""
-    return dataset(validation_size) if name == "small" else load_dataset(name, data_dir, validation_size)
+    if name != "small":
+        return load_dataset(name, data_dir, validation_size)
+    found = dataset(validation_size)
+    return dataclasses.replace(found, streamed=found.nbytes > memory_limit * 1e9)
 
 
 @functools.cache

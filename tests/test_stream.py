@@ -11,6 +11,7 @@ import pytest
 import small
 
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.mesh import Layout
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.steps import epoch_permutation
 from vmapbn_flax.stream import read_ahead
@@ -48,16 +49,16 @@ class Witness:
 
     def __init__(self, monkeypatch):
         self.windows, self.most_alive, self._references = [], 0, []
-        put = Programs._put_examples
+        put = Layout.put
 
-        def on_device(programs, split):
-            arrays = put(programs, split)
+        def on_device(layout, split):
+            arrays = put(layout, split)
             self.windows.append(jax.device_get(arrays))
             self._references.append(weakref.ref(arrays[0]))
             self.most_alive = max(self.most_alive, self.alive())
             return arrays
 
-        monkeypatch.setattr(Programs, "_put_examples", on_device)
+        monkeypatch.setattr(Layout, "put", on_device)
 
     def alive(self):
         return sum(reference() is not None for reference in self._references)

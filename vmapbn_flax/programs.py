@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax import console, mesh, steps
 from vmapbn_flax.config import validate_sizes
-from vmapbn_flax.data import Dataset, Split
+from vmapbn_flax.data import Dataset
 from vmapbn_flax.metrics import EvalMetrics, compute
 from vmapbn_flax.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
 from vmapbn_flax.stream import Stream
@@ -57,7 +57,8 @@ class Programs:
         self._sharding = devices and NamedSharding(devices, PartitionSpec(*self._axes))
         splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
         self._splits = {name: split for name, split in splits.items() if split is not None}
-        self.layout = mesh.Layout(devices, by_columns=dataset.nbytes > config.mesh.replicate_limit)
+        divided = dataset.nbytes > config.mesh.replicate_limit
+        self.layout = mesh.Layout(devices, by_columns=divided, in_batches=dataset.streamed)
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self.hyper = make_hyperparameters(config, self.steps_per_epoch)
@@ -66,9 +67,9 @@ class Programs:
         self._seed, self._num_train = config.seed, len(dataset.train)
         self._stream = None
         if dataset.streamed:
-            self._stream = Stream(config, dataset, self.total_steps, self._order, self._put_examples, self._put_order)
+            self._stream = Stream(config, dataset, self.total_steps, self._order, self.layout, self._put_order)
         else:
-            self._data = {name: self._put_examples(split) for name, split in self._splits.items()}
+            self._data = {name: self.layout.put(split) for name, split in self._splits.items()}
         self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
 
         num_classes, num_features = dataset.num_classes, math.prod(dataset.train.image_shape)
@@ -87,7 +88,8 @@ class Programs:
         name = console.device_name(self.devices)
         if self.layout.count == 1:
             return name
-        share = "a share of the data set" if self.layout.by_columns else "the data set"
+        divided = self.layout.by_columns or self.layout.in_batches
+        share = "a share of the data set" if divided else "the data set"
         return f"{name}, batches split over {self.layout.count} and {share} on each"
 
     def template(self) -> TrainState:
@@ -234,9 +236,6 @@ class Programs:
         lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*arguments)
         self._compiled[name] = self._compiler.submit(_compile, lowered, _UNOPTIMISED if once else _CPU_OPTIONS)
         return self._compiled[name]
-
-    def _put_examples(self, split: Split) -> tuple[Array, Array]:
-        return self.layout.put(split.images.reshape(len(split), -1), split.labels)
 
     def _put_order(self, order: np.ndarray) -> Array:
         return mesh.put(order, self._sharding)

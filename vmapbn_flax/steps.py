@@ -49,17 +49,22 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> Int32[np.ndarray, " s
 
 
 def take_batch(
-    images: UInt8[Array, "examples features"],
-    labels: Int[Array, " examples"],
+    images: UInt8[Array, "*stored features"],
+    labels: Int[Array, "*stored"],
     permutation: Int[Array, " examples"],
     number: Int[Array, ""],
     config: ConfigDict,
     layout: Layout,
 ) -> Batch:
-    """The `number`-th batch of an epoch in the order of `permutation`, padded if the devices do not divide it."""
-    size = config.train.batch_size
-    rows = lax.dynamic_slice_in_dim(permutation, number * size, size)
-    rows, mask = layout.pad(rows, config.model.ghost_batch_size or 1)
+    """The `number`-th batch of an epoch in the order of `permutation`, padded if the devices do not divide it.
+
+    Where the layout is `in_batches`, they are in that order.
+    """
+    size, group = config.train.batch_size, config.model.ghost_batch_size or 1
+    mask = layout.mask(size, group)
+    if layout.in_batches:
+        return Batch(*layout.batch(images, labels, number), mask)
+    rows = layout.pad(lax.dynamic_slice_in_dim(permutation, number * size, size), group)
     return Batch(*layout.take(images, labels, rows), mask)
 
 
@@ -144,8 +149,8 @@ def make_train_steps(config: ConfigDict, num_classes: int, layout: Layout = ONE_
     def train_steps(
         state: TrainState,
         hyper: Hyperparameters,
-        images: UInt8[Array, "examples features"],
-        labels: Int[Array, " examples"],
+        images: UInt8[Array, "*stored features"],
+        labels: Int[Array, "*stored"],
         permutation: Int[Array, " examples"],
         first: Int[Array, ""],
         num_steps: Int[Array, ""],
@@ -185,8 +190,8 @@ def make_evaluate(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEV
         params: Any,
         batch_stats: Any,
         hyper: Hyperparameters,
-        images: UInt8[Array, "examples features"],
-        labels: Int[Array, " examples"],
+        images: UInt8[Array, "*stored features"],
+        labels: Int[Array, "*stored"],
         count: Int[Array, ""] | None = None,
     ) -> EvalMetrics:
         network = make_network(config.model, num_classes, hyper)
@@ -196,8 +201,11 @@ def make_evaluate(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEV
         def body(i: Array, metrics: EvalMetrics) -> EvalMetrics:
             rows = i * size + jnp.arange(size)
             mask = rows < count
-            rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
-            batch = Batch(*layout.take(images, labels, rows), mask)
+            if layout.in_batches:
+                batch = Batch(*layout.batch(images, labels, i), mask)
+            else:
+                rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
+                batch = Batch(*layout.take(images, labels, rows), mask)
             logits = network.apply(variables, to_inputs(batch.images), train=False)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return metrics.merge(

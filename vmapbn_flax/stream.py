@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from vmapbn_flax.data import Dataset, Examples, Split
+from vmapbn_flax.data import Dataset, Examples
 from vmapbn_flax.data.arrays import gather
+from vmapbn_flax.mesh import Layout
 
 _WINDOW_BYTES = 4e6  # at the most, unless a batch is larger: about as much as is decoded in a second
 
@@ -33,7 +34,7 @@ class Stream:
     Args:
       num_steps: of the run.
       order: the permutation of the training examples in an epoch.
-      put: arrays of the host to the device.
+      layout: of the batches over the devices; each process reads its share of them.
       put_order: a permutation to the device.
     """
 
@@ -43,10 +44,10 @@ class Stream:
         dataset: Dataset,
         num_steps: int,
         order: Callable[[int], np.ndarray],
-        put: Callable[[Split], Arrays],
+        layout: Layout,
         put_order: Callable[[np.ndarray], Array],
     ):
-        self._train, self._put = dataset.train, put
+        self._train, self._layout, self._group = dataset.train, layout, config.model.ghost_batch_size or 1
         self._order = functools.lru_cache(maxsize=1)(order)
         self._batch_size, self._eval_batch_size = config.train.batch_size, config.train.eval_batch_size
         self._epoch_steps = len(dataset.train) // self._batch_size
@@ -85,27 +86,31 @@ class Stream:
         epoch, batch = divmod(step, self._epoch_steps)
         return epoch * self._epoch_windows + batch // self._window_steps, batch % self._window_steps
 
-    def _rows(self, number: int) -> np.ndarray:
-        """Which training examples a window has, in order.
-
-        Batches are rows of `_rows(number).reshape(-1, batch_size)`: a process that has a share of each batch to read
-        would take its columns.
-        """
+    def _read(self, number: int, stopped: Callable[[], bool]) -> Arrays:
         epoch, part = divmod(number, self._epoch_windows)
         first = part * self._window_steps
         last = min(first + self._window_steps, self._epoch_steps)
-        return self._order(epoch)[first * self._batch_size : last * self._batch_size]
+        batches = self._order(epoch)[first * self._batch_size : last * self._batch_size].reshape(-1, self._batch_size)
+        blank = np.full((self._window_steps - len(batches), self._batch_size), -1)
+        return self._gather(self._train, np.concatenate([batches, blank]), self._group, stopped)
 
-    def _read(self, number: int, stopped: Callable[[], bool]) -> Arrays:
-        return self._put(gather(self._train, self._rows(number), len(self._in_order), stopped))
+    def _gather(
+        self, split: Examples, batches: Int[np.ndarray, "batches batch"], group: int, stopped: Callable[[], bool]
+    ) -> Arrays:
+        """On the devices, the examples that have the numbers in `batches`; -1 is a blank one."""
+        if not self._layout.in_batches:
+            return self._layout.put(gather(split, batches.reshape(-1), stopped))
+        share = self._layout.share(batches, group)
+        return self._layout.put_share(gather(split, share.reshape(-1), stopped), len(batches))
 
     def batches(self, split: Examples) -> Iterator[tuple[Array, Array, np.int32]]:
         """Images and labels of `split`, a batch of evaluation at a time, and how many of them are not blank."""
         size = self._eval_batch_size
 
         def read(number: int, stopped: Callable[[], bool]) -> tuple[Array, Array, np.int32]:
-            rows = np.arange(number * size, min((number + 1) * size, len(split)))
-            return (*self._put(gather(split, rows, size, stopped)), np.int32(len(rows)))
+            rows = np.arange(number * size, (number + 1) * size)
+            batch = np.where(rows < len(split), rows, -1)
+            return (*self._gather(split, batch[np.newaxis], 1, stopped), np.int32(np.sum(batch >= 0)))
 
         return read_ahead(read, range(-(-len(split) // size)))
 

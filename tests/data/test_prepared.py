@@ -362,11 +362,13 @@ def test_bundled_may_be_streamed():
 def test_blocks_are_gathered(root, digits):
     train = load_dataset("digits", str(root), memory_limit=TINY).train
     rows = np.arange(99, 9, -1)  # in blocks of 32
-    got = arrays.gather(train, rows, size=95)
-    np.testing.assert_array_equal(got.images[:90], digits["train"].images[rows])
-    np.testing.assert_array_equal(got.labels[:90], digits["train"].labels[rows])
-    assert not got.images[90:].any()
-    assert not got.labels[90:].any()
+    blank = np.full(3, -1)
+    got = arrays.gather(train, np.concatenate([blank, rows, blank]))
+    np.testing.assert_array_equal(got.images[3:-3], digits["train"].images[rows])
+    np.testing.assert_array_equal(got.labels[3:-3], digits["train"].labels[rows])
+    for end in (slice(3), slice(-3, None)):
+        assert not got.images[end].any()
+        assert not got.labels[end].any()
     answers = iter([False, True])
     got = arrays.gather(train, rows, stopped=lambda: next(answers))
     np.testing.assert_array_equal(got.images[:32], digits["train"].images[rows[:32]])

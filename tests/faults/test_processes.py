@@ -128,6 +128,18 @@ def test_same_numbers_as_one_process(together, alone):
     assert outcome(together.workdir)["config.json"] == outcome(alone)["config.json"]
 
 
+def test_streamed_data(two, alone):
+    """Each process reads its share; a signal stops them in the midst of it, and both go on."""
+    streamed = "--config.data.memory_limit=1e-9"
+    two.start(streamed, faults={1: {"name": ADVANCE, "call": 20, "seconds": 0.5}})
+    two.wait_for(1, "waiting")
+    two.servers[1].signal(signal.SIGTERM)
+    assert two.wait() == [128 + signal.SIGTERM] * 2
+    assert two.run(streamed) == [0, 0], two.lines(0)
+    assert "streamed), on 2 x cpu, batches split over 2 and a share of the data set on each" in two.lines(0)[0]
+    assert_same_run(two.workdir, alone)
+
+
 def test_a_process_dies(two, together):
     """A follower, then the leader, each in a call of its own: the other ends, and both together go on."""
     for victim, call in ((1, 20), (0, 25)):

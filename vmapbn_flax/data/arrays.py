@@ -97,18 +97,15 @@ class Dataset:
 def gather(
     examples: Examples,
     rows: Integer[np.ndarray, " rows"],
-    size: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Split:
-    """`examples.read(rows)`, a block at a time, into arrays of `size` examples, by default as many as `rows`.
-
-    What is left of the arrays is zero: what is beyond `rows`, and all from the block on before which it was `stopped`.
-    """
-    images = np.zeros((len(rows) if size is None else size, *examples.image_shape), np.uint8)
-    labels = np.zeros(len(images), np.int32)
-    for start in range(0, len(rows), _BLOCK):
+    """`examples.read(rows)`, a block at a time; zeros where a row is -1, and from the block on before `stopped()`."""
+    images, labels = np.zeros((len(rows), *examples.image_shape), np.uint8), np.zeros(len(rows), np.int32)
+    (wanted,) = np.nonzero(rows >= 0)
+    for start in range(0, len(wanted), _BLOCK):
         if stopped():
             break
-        block = examples.read(rows[start : start + _BLOCK])
-        images[start : start + len(block)], labels[start : start + len(block)] = block.images, block.labels
+        places = wanted[start : start + _BLOCK]
+        block = examples.read(rows[places])
+        images[places], labels[places] = block.images, block.labels
     return Split(images, labels)
