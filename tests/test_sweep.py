@@ -454,7 +454,7 @@ def test_memory_estimate_is_of_the_right_size(real_data):
     needs = []
     for count in (1, 3):
         programs = GroupPrograms([config] * count, dataset, mesh.member_mesh(config, 1))
-        programs.advance(programs.create(), 0, 0)
+        programs.advance(programs.create(), 0, 1)
         analysis = programs._compiled["train"].result().memory_analysis()
         needs.append(analysis.temp_size_in_bytes + analysis.argument_size_in_bytes)
     assert 0.3 < member_bytes(config, dataset) / ((needs[1] - needs[0]) / 2) < 5

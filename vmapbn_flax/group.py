@@ -1,14 +1,15 @@
-"""The programs of many runs at once: those of one run under one more `vmap`, over the members."""
+"""The programs of many runs at once: those of one run under one more map, over the members."""
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -33,11 +34,14 @@ class GroupPrograms(Programs):
     def __init__(self, configs: Sequence[ConfigDict], dataset: Dataset, devices: Mesh):
         super().__init__(configs[0], dataset, devices)
         self._rows_multiple = devices.shape[mesh.MEMBER]
-        over_members = partial(jax.vmap, spmd_axis_name=mesh.MEMBER)
-        self._create_one, self._create = self._create, over_members(self._create)
+        at_once = partial(jax.vmap, spmd_axis_name=mesh.MEMBER)
+        # The caches of a CPU hold what one member works on, and not what many do.
+        one_by_one = jax.default_backend() == "cpu" and self.layout.count == 1
+        over_members = partial(_one_by_one, devices=self._sharding and devices) if one_by_one else at_once
+        self._create_one, self._create = self._create, at_once(self._create)
         self._train_steps = over_members(self._train_steps, in_axes=(0, 0, None, None, 0, None, None))
         self._evaluate = over_members(self._evaluate, in_axes=(0, 0, 0, None, None))
-        self._learning_rate = over_members(self._learning_rate, in_axes=(0, None))
+        self._learning_rate = at_once(self._learning_rate, in_axes=(0, None))
         self._set_members(configs)
 
     def with_members(self, configs: Sequence[ConfigDict]) -> "GroupPrograms":
@@ -75,6 +79,25 @@ class GroupPrograms(Programs):
     def split(self, tree: PyTree) -> list[PyTree]:
         tree = jax.device_get(tree)
         return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self._count)]  # noqa: B023
+
+
+def _one_by_one(function: Callable, in_axes: Sequence[int | None], devices: Mesh | None) -> Callable:
+    """`jax.vmap(function, in_axes)`, one member after the other on each of the devices they lie over."""
+
+    own = [axis is not None for axis in in_axes]
+
+    def mapped(*arguments: PyTree) -> PyTree:
+        def of_member(slices: Sequence[PyTree]) -> PyTree:
+            rest = iter(slices)
+            return function(*(next(rest) if o else shared for shared, o in zip(arguments, own, strict=True)))
+
+        return lax.map(of_member, [argument for argument, o in zip(arguments, own, strict=True) if o])
+
+    if devices is None:
+        return mapped
+    members = PartitionSpec(mesh.MEMBER)
+    specs = tuple(members if o else PartitionSpec() for o in own)
+    return jax.shard_map(mapped, mesh=devices, in_specs=specs, out_specs=members, check_vma=False)
 
 
 def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
