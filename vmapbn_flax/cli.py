@@ -4,7 +4,9 @@ What takes time to import is imported where it is used, by when `main` sees to s
 """
 
 import argparse
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -20,6 +22,7 @@ from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserErro
 def main(argv: Sequence[str], started: float | None = None) -> int:
     """Runs one command and returns its exit status; what goes wrong is one line on standard error."""
     started = time.monotonic() if started is None else started
+    atexit.register(gc.freeze)  # or the interpreter searches JAX for garbage before it exits, which takes half a second
     try:
         with signals.fatal():
             _keep_compiled_programs()
