@@ -83,7 +83,6 @@ class GroupPrograms(Programs):
 
 def _one_by_one(function: Callable, in_axes: Sequence[int | None], devices: Mesh | None) -> Callable:
     """`jax.vmap(function, in_axes)`, one member after the other on each of the devices they lie over."""
-
     own = [axis is not None for axis in in_axes]
 
     def mapped(*arguments: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 """Whole commands, each in a process of its own: how long they take, what memory, and when they say what."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ class Finished(NamedTuple):
 
     Attributes:
       seconds: from its start to its end.
-      megabytes: the most memory it held (maximum resident set size).
+      megabytes: the most memory that it held up to its last line.
       lines: all that it said, each with the seconds it came after.
     """
 
@@ -58,14 +59,18 @@ def run(command: Sequence[str], environment: dict[str, str], cwd: Path = ROOT) -
     process = subprocess.Popen(
         command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    lines = [(time.monotonic() - started, line.rstrip()) for line in process.stdout]
-    _, status, usage = os.wait4(process.pid, 0)
+    lines, kilobytes = [], 0
+    for line in process.stdout:
+        lines.append((time.monotonic() - started, line.rstrip()))
+        # Not what `os.wait4` says: that is at least what this process holds, from which the command was started.
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        kilobytes = int(peak[1]) if peak else kilobytes
+    status = process.wait()
     seconds = time.monotonic() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if status:
         said = "\n".join(line for _, line in lines[-20:])
-        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}:\n{said}")
-    return Finished(seconds, usage.ru_maxrss / 1024, lines)
+        raise RuntimeError(f"{' '.join(command)} ended with status {status}:\n{said}")
+    return Finished(seconds, kilobytes / 1024, lines)
 
 
 def train(environment: dict[str, str], *flags: str, config: str = "configs/vmap_bn.py") -> Finished:
