@@ -1,4 +1,4 @@
-"""How fast training is, beside its matrix products and beside other libraries, in one command of about ten minutes.
+"""How fast training is, beside its matrix products and beside other libraries, in one command of about 20 minutes.
 
     pip install -e '.[peers]'
     python tests/benchmarks/performance.py > docs/performance.md
@@ -19,7 +19,7 @@ import cold
 import epochs
 import growth
 import sweep
-from measure import machine, say
+from measure import ROOT, machine, say
 
 # What each section is called, its heading, what runs it, and its repetitions.
 SECTIONS = {
@@ -34,9 +34,15 @@ SECTIONS = {
 HEAD = """\
 # Performance
 
-Written by `python tests/benchmarks/performance.py > docs/performance.md`, which leaves every single measurement in
-`performance.json`. In each section everything takes turns, so that whatever else the machine does strikes all alike.
-Figures are medians over the rounds, with their quartiles; ratios are taken round by round, and then their median.
+```bash
+pip install -e '.[peers]'
+python tests/benchmarks/performance.py > docs/performance.md
+```
+
+That takes about 20 minutes and leaves every single measurement in `docs/performance.json`. In each section everything
+takes turns, so that whatever else the machine does strikes all alike. Figures are medians over the rounds, with their
+quartiles; ratios are taken round by round, and then their median. [What makes it fast](speed.md) has what each change
+was worth.
 
 Machine: {processor}, {cores} cores, load {load:.2f} before the start. Python {python}, {versions}."""
 
@@ -46,7 +52,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections")
     parser.add_argument("--repetitions", type=int, help="of every section; by default each has its own number")
     parser.add_argument("--quick", action="store_true", help="one repetition of the smallest sizes: a trial")
-    parser.add_argument("--json", type=Path, default=Path("performance.json"), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "performance.json", help="default: %(default)s")
     arguments = parser.parse_args()
 
     found = {"machine": machine(), "sections": {}}
