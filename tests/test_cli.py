@@ -98,6 +98,11 @@ def test_config_values(capsys, workdir, monkeypatch, field, value):
             ["--config.data.name=mnist", "--config.data.validation_size=60000"],
             r"validation_size: got 60000; expected 0 to",
         ),
+        (
+            ["--config.data.name=mnist", "--config.data.dir=~nobody9/x"],
+            r"data\.dir: got ~nobody9/x, a home that is not known",
+        ),
+        (["--config.data.name=cifar10", "--config.data.dir=~nobody9/x"], r"data\.dir: got ~nobody9/x, a home"),
         (["--config.data.name=minst"], r"data\.name: got 'minst'; .* Did you mean 'mnist'\?"),
         (["--config.data.name=../mnist"], r"data\.name: got '\.\./mnist'; expected 'mnist' or a data set"),
         (["--config.data.name=cifar10"], r"holds none\. Prepare it: .*tfds build cifar10"),

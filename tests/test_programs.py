@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,38 @@ def test_gradients_are_those_of_the_step_s_batch():
     )
     small.assert_close((logits, grads), (expected_logits, expected))
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_vmapped_and_batched_are_one_program():
+    """Not merely close: the compiler comes to the same instructions, but for their names."""
+    vmapped, batched = (_instructions(small.config(model__norm=norm)) for norm in ("vmap", "batched"))
+    assert vmapped == batched
+    assert _instructions(small.config(model__norm="none")) != batched
+
+
+def _instructions(config):
+    """The compiled training steps, named in the order they appear in."""
+    programs = Programs(config, small.dataset())
+    programs.compile_ahead(0)
+    text = programs._compiled["train"].result().as_text()
+    text = text[text.index("\n%") :]  # after the table of source lines
+    text = re.sub(r", metadata=\{[^}]*\}", "", text)
+    text = re.sub(r"(?m)^(%\S+) \(.*$", r"\1", text)  # the names of parameters
+    names = {}
+    return re.sub(r"%[\w.-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), text).splitlines()
+
+
+def test_compiled_ahead():
+    """Nothing is compiled twice, and a program is waited for where it is needed before it is ready."""
+    programs = Programs(small.config(), small.dataset(validation_size=20))
+    state = programs.create()
+    programs.compile_measure_ahead()
+    ahead = dict(programs._compiled)
+    assert ahead.keys() == {"create", "validation", "test"}
+    figures = programs.evaluate(state)
+    programs.compile_measure_ahead()
+    assert programs._compiled == ahead
+    assert figures == Programs(small.config(), small.dataset(validation_size=20)).evaluate(state)
 
 
 def test_validation_split_selects():

@@ -13,6 +13,7 @@ from vmapbn_flax.checkpoint import saved_steps
 from vmapbn_flax.flags import parse_config
 from vmapbn_flax.programs import Programs
 from vmapbn_flax.record import Record
+from vmapbn_flax.run import Run
 
 TOTAL = 30  # 6 steps an epoch, for 5 epochs
 
@@ -54,7 +55,7 @@ def train(capsys, workdir):
 @pytest.fixture
 def stop(monkeypatch):
     """Has SIGTERM arrive at exactly one step."""
-    advance, next_stop = Programs.advance, loop.Run._next_stop
+    advance, next_stop = Programs.advance, Run._next_stop
 
     def stop_at(target, signum=signal.SIGTERM):
         def next_stop_or_target(self):
@@ -66,7 +67,7 @@ def stop(monkeypatch):
                 signal.raise_signal(signum)
             return state
 
-        monkeypatch.setattr(loop.Run, "_next_stop", next_stop_or_target)
+        monkeypatch.setattr(Run, "_next_stop", next_stop_or_target)
         monkeypatch.setattr(Programs, "advance", advance_and_signal)
 
     return stop_at

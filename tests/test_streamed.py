@@ -11,11 +11,11 @@ import small
 from prepare import as_examples, prepare
 from runs import CONFIG, command, leftovers, outcome
 
-from vmapbn_flax import loop
 from vmapbn_flax.checkpoint import saved_steps
 from vmapbn_flax.cli import main
 from vmapbn_flax.data.records import Records
 from vmapbn_flax.programs import Programs
+from vmapbn_flax.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
 
@@ -81,7 +81,7 @@ def train(capsys, workdir, root):
 @pytest.fixture
 def at_step(monkeypatch):
     """Has something happen once a chunk ends at exactly one step."""
-    advance, next_stop = Programs.advance, loop.Run._next_stop
+    advance, next_stop = Programs.advance, Run._next_stop
 
     def arrange(target, action):
         def next_stop_or_target(self):
@@ -93,7 +93,7 @@ def at_step(monkeypatch):
                 action()
             return state
 
-        monkeypatch.setattr(loop.Run, "_next_stop", next_stop_or_target)
+        monkeypatch.setattr(Run, "_next_stop", next_stop_or_target)
         monkeypatch.setattr(Programs, "advance", advance_and_act)
 
     return arrange

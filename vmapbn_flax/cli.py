@@ -52,8 +52,8 @@ def _keep_compiled_programs() -> None:
         return
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
-        with contextlib.suppress(OSError):  # one that cannot be written is done without
+        with contextlib.suppress(OSError, RuntimeError):  # one that cannot be written, or found, is done without
+            directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
 
@@ -135,12 +135,17 @@ def _train(arguments: argparse.Namespace, rest: list[str], started: float) -> in
 
     config, workdir = parse_config(rest)  # before the slow imports, so that a typo answers at once
     workdir = arguments.workdir or workdir
-    from vmapbn_flax.config import is_sweep
+    from vmapbn_flax.config import is_sweep, validate
 
     if is_sweep(config):
         from vmapbn_flax.sweep import train_sweep
 
         return 1 if train_sweep(config, workdir).count("failed") else 0
+    validate(config)
+    from vmapbn_flax.data import bundled
+
+    if config.data.name == bundled.NAME:
+        bundled.read_ahead(config.data.dir)  # beside the imports that follow
     from vmapbn_flax.loop import train
 
     train(config, workdir, started)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_lines, write_whole
@@ -27,9 +30,6 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
       RunError: a workdir has no metrics to draw.
       UsageError: `output` does not end in the name of a picture format.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         kind = output.suffix[1:].lower()
@@ -60,9 +60,6 @@ def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
 
     Settings come best first, and the colours follow: a line is the mean over seeds, a band the deviation.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     fields = [name for name, values in _values(settings).items() if len(values) > 1]
     with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(7 + 3.4 * len(fields), 3.6), layout="constrained")
@@ -131,8 +128,6 @@ def _scale_accuracy(axes: Any) -> None:
 
     0 and 1, which few examples may come to, have no logit: with one of them the scale is linear.
     """
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     if all(0 < accuracy < 1 for line in axes.lines for accuracy in line.get_ydata()):
         axes.set_yscale("logit")
         axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))

@@ -39,8 +39,8 @@ _CPU_OPTIONS = {
 class Programs:
     """Creates, advances and evaluates the state of a run of `config` on `dataset`.
 
-    Each program is compiled when it is first called, the training step when `compile_ahead` is;
-    `compile_seconds` says how long was waited for that in all, and `device_seconds` by name how long each program ran.
+    Each program is compiled when it is first called, or ahead of that when asked to; `compile_seconds` says how long
+    was waited for that in all, and `device_seconds` by name how long each program ran.
     Batches are split over the axis `data` of the mesh `devices`, or lie on the default device without one.
 
     Raises:
@@ -100,12 +100,21 @@ class Programs:
         """Starts to compile what trains from `step` on, beside whatever else comes first."""
         if "train" in self._compiled or step >= self.total_steps:
             return
-        state = jax.tree.map(
+        arguments = (self._placed_template(), self.hyper, *self._position(step), np.int32(1))
+        self._start_compiling("train", self._train_steps, arguments, donate=(0,))
+
+    def compile_measure_ahead(self) -> None:
+        """Starts to compile what `measure` calls, beside the device at work; of streamed data nothing."""
+        state = self._placed_template()
+        for name in () if self._stream else self._splits.keys() - {"train"} - self._compiled.keys():
+            arguments = (state.params, state.batch_stats, self.hyper, *self._data[name])
+            self._start_compiling(name, self._evaluate, arguments, trace_too=True)
+
+    def _placed_template(self) -> TrainState:
+        return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding),
             jax.eval_shape(self._create, self.hyper),
         )
-        arguments = (state, self.hyper, *self._position(step), np.int32(1))
-        self._start_compiling("train", self._train_steps, arguments, donate=(0,))
 
     def create(self) -> TrainState:
         """The state before the first step."""
@@ -229,12 +238,15 @@ class Programs:
         donate: Sequence[int] = (),
         once: bool = False,
         here: bool = False,
+        trace_too: bool = False,
     ) -> Future:
-        """Traces `function` and hands it to a thread; see `_call`."""
+        """Traces `function` and hands it to a thread, or with `trace_too` has that trace it; see `_call`."""
         out = None if here else self._sharding
-        # Not in the thread: tracing holds the interpreter, and two at a time would only hold up the first.
-        lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*arguments)
-        self._compiled[name] = self._compiler.submit(_compile, lowered, _UNOPTIMISED if once else _CPU_OPTIONS)
+        options = _UNOPTIMISED if once else _CPU_OPTIONS
+        lower = partial(jax.jit(function, donate_argnums=donate, out_shardings=out).lower, *arguments)
+        # Tracing holds the interpreter: while something waits for a program, two at a time only hold it up.
+        lowered = None if trace_too else lower()
+        self._compiled[name] = self._compiler.submit(lambda: _compile(lowered or lower(), options))
         return self._compiled[name]
 
     def _put_order(self, order: np.ndarray) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
@@ -118,8 +119,7 @@ def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
 
         frozen = state.skipped_in_a_row >= config.train.max_skipped_steps
         # Squares that overflow would stay in Adam's second moment for ever. NaN compares as false.
-        bounded = [jnp.all(jnp.abs(grad) < _LARGEST_GRADIENT) for grad in jax.tree.leaves(grads)]
-        finite = jnp.isfinite(value) & jnp.all(jnp.stack(bounded))
+        finite = jnp.isfinite(value) & jnp.all(jnp.abs(ravel_pytree(grads)[0]) < _LARGEST_GRADIENT)
         moved = state.replace(
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,

@@ -18,10 +18,9 @@ from vmapbn_flax.expand import Member, expand, program_key
 from vmapbn_flax.files import workdir_lock
 from vmapbn_flax.group import GroupPrograms
 from vmapbn_flax.ledger import Ledger
-from vmapbn_flax.loop import Run
 from vmapbn_flax.plan import Datasets, make_plan
 from vmapbn_flax.record import Record
-from vmapbn_flax.report import report
+from vmapbn_flax.run import Run
 
 
 def train_sweep(config: ConfigDict, workdir: Path) -> Ledger:
@@ -50,6 +49,8 @@ def train_sweep(config: ConfigDict, workdir: Path) -> Ledger:
         ledger = make_plan(config, workdir, members, datasets)
         with signals.deferred() as received:
             _train_groups(config, workdir, ledger, members, datasets, received)
+        from vmapbn_flax.report import report  # matplotlib, which has been imported by now if anything was trained
+
         report(workdir)
     return ledger
 

@@ -67,7 +67,7 @@ def long_config() -> ConfigDict:
 
 
 def make_epochs(programs: Programs, state=None) -> Callable[[], None]:
-    """The epochs of a run, one a call, as `loop.Run` trains them; the order of each is drawn in its call."""
+    """The epochs of a run, one a call, as `Run` trains them; the order of each is drawn in its call."""
     state, step = programs.create() if state is None else state, 0
 
     def epoch() -> None:

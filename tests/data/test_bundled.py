@@ -68,6 +68,20 @@ def test_own_copy_of_the_files(mnist, copy):
     np.testing.assert_array_equal(own.train.images, mnist.train.images)
 
 
+def test_read_ahead_is_taken_once(mnist, copy):
+    """The second time the files are read again, and what is wrong with one is said both times."""
+    bundled.read_ahead(str(copy))
+    ahead, again = (load_dataset("mnist", str(copy)) for _ in range(2))
+    for dataset in (ahead, again):
+        np.testing.assert_array_equal(dataset.train.images, mnist.train.images)
+    missing = copy / FILES[0].name
+    missing.unlink()
+    bundled.read_ahead(str(copy))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=re.escape(str(missing))):
+            load_dataset("mnist", str(copy))
+
+
 def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

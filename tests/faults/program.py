@@ -72,7 +72,7 @@ def environment() -> dict[str, str]:
 
 
 def _serve() -> None:
-    for name in ("matplotlib.figure", "rich.table", "vmapbn_flax.tensorboard"):  # which the program imports late
+    for name in ("vmapbn_flax.report", "rich.table", "vmapbn_flax.tensorboard"):  # which the program imports late
         importlib.import_module(name)
     import small
 

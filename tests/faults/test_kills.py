@@ -26,9 +26,9 @@ TOTAL = 30
 # In the order of a run's life.
 PHASES = {
     "data": "vmapbn_flax.loop:load_dataset",
-    "restore": "vmapbn_flax.loop:restore_latest",
+    "restore": "vmapbn_flax.run:restore_latest",
     "log": "vmapbn_flax.record:MetricWriter",
-    "config": "vmapbn_flax.loop:write_json",
+    "config": "vmapbn_flax.run:write_json",
     "compile": "vmapbn_flax.steps:take_batch",
     "train": "vmapbn_flax.programs:Programs.advance",
     "evaluate": "vmapbn_flax.programs:Programs.measure",
@@ -51,7 +51,7 @@ SWEEP_PHASES = {
     "checkpoint of a member": ("vmapbn_flax.sweep:GroupRun._saving", 1),
     "end of a group in the ledger": ("vmapbn_flax.ledger:Ledger.mark", 2),
     "between members of the second group": ("vmapbn_flax.record:write_json", 2),
-    "report": ("vmapbn_flax.sweep:report", 1),
+    "report": ("vmapbn_flax.report:report", 1),
     "picture": ("vmapbn_flax.plot:write_whole", 1),
 }
 

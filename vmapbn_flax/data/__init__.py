@@ -33,7 +33,7 @@ def load_dataset(name: str, data_dir: str = "", validation_size: int = 0, memory
       UsageError: the data is missing, damaged or not of this kind, or too small for `validation_size`.
     """
     max_bytes = memory_limit * 1e9
-    dataset = bundled.load(data_dir) if name == "mnist" else prepared.load(name, data_dir, max_bytes)
+    dataset = bundled.load(data_dir) if name == bundled.NAME else prepared.load(name, data_dir, max_bytes)
     dataset = dataclasses.replace(dataset, streamed=dataset.nbytes > max_bytes)
     train, size = dataset.train, validation_size
     if not 0 <= size < len(train):

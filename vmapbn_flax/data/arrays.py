@@ -4,9 +4,12 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Integer, UInt8
+
+from vmapbn_flax.errors import UsageError
 
 _BLOCK = 1024  # examples; read together they take a third of the time
 
@@ -92,6 +95,20 @@ class Dataset:
     def gigabytes(self) -> float:
         """The smallest memory limit, to a hundredth, that this fits."""
         return math.ceil(self.nbytes / 1e7) / 100
+
+
+def expanded(name: str) -> Path:
+    """`name` as a path, `~` and `~user` being the homes of users.
+
+    Raises:
+      UsageError: no such user is known.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"data.dir: got {name}, a home that is not known here; expected a directory. Write it without a ~."
+        ) from None
 
 
 def gather(

@@ -3,13 +3,15 @@
 import gzip
 import hashlib
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from vmapbn_flax.data.arrays import Dataset, Split
+from vmapbn_flax.data.arrays import Dataset, Split, expanded
 from vmapbn_flax.errors import UsageError
+
+NAME = "mnist"
 
 _BUNDLED = Path(__file__).parent / "mnist"
 _FILES = (
@@ -20,13 +22,27 @@ _FILES = (
 )
 
 
+_ahead: dict[str, Future[Dataset]] = {}
+
+
+def read_ahead(data_dir: str = "") -> None:
+    """Begins to read, in a thread that imports nothing, what `load` is going to be asked for."""
+    pool = ThreadPoolExecutor(1)
+    _ahead[data_dir] = pool.submit(_load, data_dir)
+    pool.shutdown(wait=False)
+
+
 def load(data_dir: str = "") -> Dataset:
     """MNIST from the package, or from the same four files in `data_dir`. Its arrays are read-only.
 
     Raises:
       UsageError: a file is missing, unreadable, or not the original.
     """
-    return read_mnist(Path(data_dir).expanduser() if data_dir else _BUNDLED)
+    return _ahead.pop(data_dir).result() if data_dir in _ahead else _load(data_dir)
+
+
+def _load(data_dir: str) -> Dataset:
+    return read_mnist(expanded(data_dir) if data_dir else _BUNDLED)
 
 
 def read_mnist(directory: Path, sums: Path = _BUNDLED / "SHA256") -> Dataset:
@@ -40,7 +56,7 @@ def read_mnist(directory: Path, sums: Path = _BUNDLED / "SHA256") -> Dataset:
     with ThreadPoolExecutor(len(_FILES)) as pool:
         train_images, train_labels, test_images, test_labels = pool.map(read, _FILES)
     return Dataset(
-        name="mnist",
+        name=NAME,
         num_classes=10,
         train=Split(train_images, train_labels.astype(np.int32)),
         test=Split(test_images, test_labels.astype(np.int32)),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmapbn_flax.data.arrays import Dataset, Split, gather
+from vmapbn_flax.data.arrays import Dataset, Split, expanded, gather
 from vmapbn_flax.data.records import SPLITS, first_line, open_records
 from vmapbn_flax.errors import UsageError
 
@@ -39,8 +39,7 @@ def load(name: str, data_dir: str = "", max_bytes: float = math.inf) -> Dataset:
       UsageError: it is not there, cannot be read, or is something else than image classification with
         images of one size and a train and a test split.
     """
-    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = Path(root).expanduser().absolute()
+    root = expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
     build = ["tfds", "build", name, "--file_format=array_record", f"--data_dir={root}"]
     command = f"pip install -e '.[tensorflow]' && {shlex.join(build)}"
 
