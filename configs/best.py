@@ -1,5 +1,7 @@
 """The winner of `configs/sweep_best.py`: the best of 24 draws by accuracy on 5,000 held-out training images.
 
+Ten seeds on the other 55,000 (`configs/sweep_seeds.py`): 98.56 % of the test images, with a deviation of 0.08 %.
+
 python train.py --config=configs/best.py
 """
 

@@ -1,7 +1,6 @@
 """Pictures of runs, from their `metrics.jsonl`."""
 
 import io
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from vmapbn_flax.files import read_lines, write_whole
 from vmapbn_flax.results import SELECTION, Setting
 
 _LABELLED = 8  # settings that a legend has room for
+_LONGEST_LABEL = 45  # characters
 
 # Distinct in grey print too: each run has a dash pattern and a marker of its own.
 _STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "P")]
@@ -69,7 +69,8 @@ def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
             _draw_values(axes, name, settings, colours)
         for rank, (setting, colour) in enumerate(zip(settings, colours, strict=True)):
             steps, mean, deviation = _curve(setting)
-            label = textwrap.shorten(setting.label, 45, placeholder=" ...") if rank < _LABELLED else None
+            name = setting.label if len(setting.label) <= _LONGEST_LABEL else f"setting {rank + 1}"  # of the table
+            label = name if rank < _LABELLED else None
             curves.plot(steps, mean, color=colour, linestyle=_STYLES[rank % len(_STYLES)][0], label=label)
             curves.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
         curves.set(xlabel="step", ylabel="validation accuracy")

@@ -104,9 +104,14 @@ class Programs:
         self._start_compiling("train", self._train_steps, arguments, donate=(0,))
 
     def compile_measure_ahead(self) -> None:
-        """Starts to compile what `measure` calls, beside the device at work; of streamed data nothing."""
+        """Starts to compile what `measure` calls, beside the device at work.
+
+        Not of streamed data; nor in one of many processes, which compile together as they call together.
+        """
+        if self._stream or jax.process_count() > 1:
+            return
         state = self._placed_template()
-        for name in () if self._stream else self._splits.keys() - {"train"} - self._compiled.keys():
+        for name in self._splits.keys() - {"train"} - self._compiled.keys():
             arguments = (state.params, state.batch_stats, self.hyper, *self._data[name])
             self._start_compiling(name, self._evaluate, arguments, trace_too=True)
 
