@@ -242,7 +242,7 @@ def test_restored_on_another_count(tmp_path, before, after):
         state = programs.advance(state, step, 1)
     saved = jax.device_get(state)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(20, programs.gather(state), {})
+    checkpoints.save(20, programs.fetch(state), {})
     checkpoints.close()
     restored = restore(tmp_path, 20, make(after).template())
     small.assert_same_bits(restored, saved)
@@ -264,7 +264,7 @@ def swept(**changes):
     state = programs.create()
     for step in range(0, STEPS - 2, small.STEPS_PER_EPOCH):
         state = programs.advance(state, step, small.STEPS_PER_EPOCH)
-    return devices.shape, programs.split((state, programs.measure(state)))
+    return devices.shape, programs.split((programs.fetch(state), programs.measure(state)))
 
 
 @pytest.mark.parametrize(("member", "data", "limit"), [(2, 2, 2**30), (3, 2, 0)])

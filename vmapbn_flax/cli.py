@@ -140,7 +140,8 @@ def _train(arguments: argparse.Namespace, rest: list[str], started: float) -> in
     if is_sweep(config):
         from vmapbn_flax.sweep import train_sweep
 
-        return 1 if train_sweep(config, workdir).count("failed") else 0
+        ledger = train_sweep(config, workdir)
+        return 1 if ledger and ledger.count("failed") else 0
     validate(config)
     from vmapbn_flax.data import bundled
 

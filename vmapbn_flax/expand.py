@@ -56,7 +56,7 @@ def expand(config: ConfigDict) -> list[Member]:
 
 
 def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
-    if name not in fields or name.startswith(("sweep", "mesh")):
+    if name not in fields or name.startswith(("sweep", "mesh", "distributed")):
         close = difflib.get_close_matches(name, fields, n=1)
         raise UsageError(
             f"config.sweep.{name}: got a field that a run's config does not have, expected one of those in "

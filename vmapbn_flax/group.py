@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -42,6 +42,8 @@ class GroupPrograms(Programs):
         self._train_steps = over_members(self._train_steps, in_axes=(0, 0, None, None, 0, None, None))
         self._evaluate = over_members(self._evaluate, in_axes=(0, 0, 0, None, None))
         self._learning_rate = at_once(self._learning_rate, in_axes=(0, None))
+        # For members on the devices of other processes.
+        self._gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(devices, PartitionSpec()))
         self._set_members(configs)
 
     def with_members(self, configs: Sequence[ConfigDict]) -> "GroupPrograms":
@@ -58,10 +60,11 @@ class GroupPrograms(Programs):
         self._rows = np.minimum(np.arange(padded), self._count - 1)
         self._seeds = [config.seed for config in configs]
         hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
-        self.hyper = self.place(jax.tree.map(lambda *numbers: np.stack(numbers), *hypers))
+        self._host_hyper = jax.tree.map(lambda *numbers: np.stack(numbers), *hypers)
+        self.hyper = self.place(self._host_hyper)
 
     def template(self) -> TrainState:
-        one = jax.tree.map(lambda numbers: numbers[0], self.hyper)
+        one = jax.tree.map(lambda numbers: numbers[0], self._host_hyper)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((self._count, *leaf.shape), leaf.dtype),
             jax.eval_shape(self._create_one, one),
@@ -73,11 +76,12 @@ class GroupPrograms(Programs):
     def place(self, state: PyTree) -> PyTree:
         return mesh.put(jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], state), self._sharding)
 
-    def gather(self, state: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[: self._count], jax.device_get(state))
+    def _on_host(self, tree: PyTree) -> PyTree:
+        if not self.is_whole:
+            tree = jax.block_until_ready(self._gather(tree))
+        return jax.tree.map(lambda leaf: leaf[: self._count], jax.device_get(tree))
 
     def split(self, tree: PyTree) -> list[PyTree]:
-        tree = jax.device_get(tree)
         return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self._count)]  # noqa: B023
 
 

@@ -56,8 +56,8 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
                 group.follow(programs)
                 return {}
             received: list[int] = []
-            with group.led(programs, received) as programs, workdir_lock(workdir):
-                return _train(config, workdir, dataset, programs, received, started)
+            with group.led(received) as leader, workdir_lock(workdir):
+                return _train(config, workdir, dataset, leader.of_all(programs), received, started)
 
 
 def _train(

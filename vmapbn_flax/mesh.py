@@ -43,14 +43,18 @@ def solo_mesh(config: ConfigDict) -> Mesh:
 
 
 def member_mesh(config: ConfigDict, members: int) -> Mesh:
-    """The devices that `members` of a sweep lie on, on each axis no more than there are members or devices.
+    """The devices of all processes that `members` of a sweep lie on, no more than it takes.
+
+    Each process takes part with as many, so that there may be some more than members.
 
     Raises:
       UsageError: `config.mesh.data` is more than there are devices.
     """
     data = config.mesh.data or 1
     most = max(1, jax.device_count() // data)
-    return _mesh(min(config.mesh.member or most, most, members), data)
+    member = min(config.mesh.member or most, most, members)
+    multiple = jax.process_count() // math.gcd(jax.process_count(), data)
+    return _mesh(-(-member // multiple) * multiple, data)
 
 
 def _mesh(member: int, data: int) -> Mesh:
@@ -66,11 +70,11 @@ def _mesh(member: int, data: int) -> Mesh:
 
 
 def memory_bytes(devices: Mesh) -> int:
-    """What the devices along the axis of members have together."""
-    stats = [device.memory_stats() for device in devices.devices.flat]
+    """What the devices along the axis of members have together, if other processes have as much as this one."""
+    stats = [device.memory_stats() for device in devices.local_devices]
     if all(stat and "bytes_limit" in stat for stat in stats):
-        total = sum(stat["bytes_limit"] for stat in stats)
-    else:
+        total = sum(stat["bytes_limit"] for stat in stats) * jax.process_count()
+    else:  # of a machine, which the processes may share
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total // devices.shape[DATA]
 

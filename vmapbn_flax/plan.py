@@ -91,7 +91,7 @@ def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
 def _say_plan(workdir: Path, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
     console.say(
         f"{workdir}: {len(ledger.members)} members in {len(ledger.groups)} groups, a program each, "
-        f"on {console.device_name(jax.local_devices())}"
+        f"on {console.device_name(jax.devices())}"
     )
     rows = []
     for number, names in enumerate(ledger.groups):

@@ -1,4 +1,4 @@
-"""Many processes, one run: process 0 leads, and the others follow it call by call.
+"""Many processes, one run or sweep: process 0 leads, and the others follow it call by call.
 
 The leader runs the loop. It alone has the workdir, and it alone decides what comes next: before each call that works
 on the devices of all processes it says which one, and the others make the same call with the same numbers. What they
@@ -8,7 +8,7 @@ report in turn are signals, so that one sent to any process stops all of them at
 import contextlib
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 from vmapbn_flax import distributed, signals
 from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 from vmapbn_flax.metrics import EvalMetrics
-from vmapbn_flax.programs import Programs
+from vmapbn_flax.programs import PARTS, Programs
 from vmapbn_flax.state import TrainState
 
-_END, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE = range(6)
+_END, _CHANGE, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE, _FETCH = range(8)
 
 
 class Group:
@@ -31,14 +31,15 @@ class Group:
     Attributes:
       config: of the run, the same in all of them.
       follows: whether another process leads.
+      many: whether there are others.
       parted: whether all of them know that this is the end.
     """
 
     def __init__(self, config: ConfigDict):
         self.config = config
         self.follows = jax.process_index() > 0
-        self._many = jax.process_count() > 1
-        self.parted = not self._many
+        self.many = jax.process_count() > 1
+        self.parted = not self.many
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -64,12 +65,9 @@ class Group:
                 )
 
     @contextlib.contextmanager
-    def led(self, programs: Programs, received: list[int]) -> Iterator[Programs]:
-        """`programs`, called in every process; signals that the others get go to `received`."""
-        if not self._many:
-            yield programs
-            return
-        leader = _Leader(self, programs, received)
+    def led(self, received: list[int]) -> Iterator["Leader"]:
+        """Leads the others through the block, at whose end they end; signals that they get go to `received`."""
+        leader = Leader(self, received)
         try:
             yield leader
         except BaseException as error:
@@ -77,11 +75,16 @@ class Group:
                 leader.announce(_END, status)
                 self.parted = True
             raise
-        leader.announce(_END)
+        leader.announce(_END, leader.exit_status)
         self.parted = True
 
-    def follow(self, programs: Programs) -> None:
-        """Makes the leader's calls until it ends, and exits with its status if that is not 0."""
+    def follow(self, programs: Programs | None = None, change: Callable[[list[int]], Programs] | None = None) -> None:
+        """Makes the leader's calls until it ends, and exits with its status if that is not 0.
+
+        Args:
+          programs: those of a run.
+          change: makes those of a sweep's members, given which.
+        """
         state = None
         with signals.deferred([]) as received:
             while True:
@@ -91,7 +94,10 @@ class Group:
                     if status := numbers[0]:
                         raise EndedElsewhere(status)
                     return
-                if call == _CREATE:
+                if call == _CHANGE:
+                    state = None
+                    programs = change(self.broadcast(np.zeros(numbers[0], np.int32)).tolist())
+                elif call == _CREATE:
                     state = programs.create()
                 elif call == _PLACE:
                     state = programs.place(self.broadcast(programs.template()))
@@ -101,12 +107,14 @@ class Group:
                     state = programs.fresh_metrics(state)
                 elif call == _MEASURE:
                     programs.measure(state)
+                elif call == _FETCH:
+                    programs.fetch(state, list(PARTS)[numbers[0]])
 
     def exchange(self, *numbers: int) -> Int[np.ndarray, "processes 4"]:
         """Up to four numbers of each process, the same in all of them, once all of them have called this."""
         row = np.zeros(4, np.int32)
         row[: len(numbers)] = numbers
-        if not self._many:
+        if not self.many:
             return row[np.newaxis]
         from jax.experimental import multihost_utils
 
@@ -128,39 +136,71 @@ class Group:
         return jax.tree.unflatten(structure, arrays)
 
 
-class _Leader:
-    """`Programs` as the loop of process 0 has them: each call on all devices is announced before it is made."""
+class Leader:
+    """Process 0 as the others see it.
 
-    def __init__(self, group: Group, programs: Programs, received: list[int]):
-        self._group, self._programs, self._received = group, programs, received
+    Attributes:
+      is_followed: whether there are others.
+      exit_status: which they are to have too.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._programs, name)
+    def __init__(self, group: Group, received: list[int]):
+        self._group, self._received = group, received
+        self.is_followed = group.many
+        self.exit_status = 0
 
     def announce(self, call: int, *numbers: int) -> None:
         signums = self._group.exchange(call, *numbers)[1:, 3]
         if signums.any() and not self._received:
             self._received.append(int(signums.max()))
 
+    def change(self, members: Sequence[int]) -> None:
+        """Has the others make the programs of other members of a sweep."""
+        if self.is_followed:
+            self.announce(_CHANGE, len(members))
+            self.broadcast(np.array(members, np.int32))
+
+    def broadcast(self, state: PyTree) -> PyTree:
+        return self._group.broadcast(state)
+
+    def of_all(self, programs: Programs) -> Programs:
+        """`programs`, called in every process."""
+        return _Announced(self, programs) if self.is_followed else programs
+
+
+class _Announced:
+    """`Programs` as the loop of process 0 has them: each call on all devices is announced before it is made."""
+
+    def __init__(self, leader: Leader, programs: Programs):
+        self._leader, self._programs = leader, programs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._programs, name)
+
     def create(self) -> TrainState:
-        self.announce(_CREATE)
+        self._leader.announce(_CREATE)
         return self._programs.create()
 
     def place(self, state: PyTree) -> PyTree:
-        self.announce(_PLACE)
-        return self._programs.place(self._group.broadcast(state))
+        self._leader.announce(_PLACE)
+        return self._programs.place(self._leader.broadcast(state))
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
-        self.announce(_ADVANCE, step, count)
+        self._leader.announce(_ADVANCE, step, count)
         return self._programs.advance(state, step, count)
 
     def fresh_metrics(self, state: TrainState) -> TrainState:
-        self.announce(_FRESH_METRICS)
+        self._leader.announce(_FRESH_METRICS)
         return self._programs.fresh_metrics(state)
 
     def measure(self, state: TrainState) -> dict[str, EvalMetrics]:
-        self.announce(_MEASURE)
+        self._leader.announce(_MEASURE)
         return self._programs.measure(state)
+
+    def fetch(self, state: TrainState, part: str = "state") -> PyTree:
+        if not self._programs.is_whole:
+            self._leader.announce(_FETCH, list(PARTS).index(part))
+        return self._programs.fetch(state, part)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,14 @@ _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
 }
 
+# Of a state, what `Programs.fetch` can be asked for.
+PARTS: dict[str, Callable[[TrainState], PyTree]] = {
+    "state": lambda state: state,
+    "batch_stats": lambda state: state.batch_stats,
+    "metrics": lambda state: state.metrics,
+    "counters": lambda state: (state.step, state.skipped_steps, state.skipped_in_a_row),
+}
+
 
 class Programs:
     """Creates, advances and evaluates the state of a run of `config` on `dataset`.
@@ -61,7 +69,7 @@ class Programs:
         self.layout = mesh.Layout(devices, by_columns=divided, in_batches=dataset.streamed)
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
-        self.hyper = make_hyperparameters(config, self.steps_per_epoch)
+        self.hyper = self._host_hyper = make_hyperparameters(config, self.steps_per_epoch)
         self.compile_seconds = 0.0
         self.device_seconds: dict[str, float] = defaultdict(float)
         self._seed, self._num_train = config.seed, len(dataset.train)
@@ -157,8 +165,8 @@ class Programs:
         return steps.epoch_permutation(self._seed, epoch, self._num_train)
 
     def measure(self, state: TrainState) -> dict[str, EvalMetrics]:
-        """The metrics of `state` on the validation split, if there is one, and the test split."""
-        return {name: self._measure(name, state) for name in self._splits if name != "train"}
+        """The metrics of `state`, on the host, on the validation split, if there is one, and the test split."""
+        return self._on_host({name: self._measure(name, state) for name in self._splits if name != "train"})
 
     def _measure(self, name: str, state: TrainState) -> EvalMetrics:
         variables = (state.params, state.batch_stats, self.hyper)
@@ -179,18 +187,26 @@ class Programs:
         """Arrays of the host, such as a checkpoint has, as `advance` takes them."""
         return mesh.put(state, self._sharding)
 
-    def gather(self, state: PyTree) -> PyTree:
-        """What `place` takes to give `state` again."""
-        return state
+    @property
+    def is_whole(self) -> bool:
+        """Whether each process has all of a state, and need not take part when one fetches it."""
+        return self._sharding is None or self._sharding.is_fully_addressable or self._sharding.is_fully_replicated
+
+    def fetch(self, state: TrainState, part: str = "state") -> PyTree:
+        """One of the `PARTS` of `state`, on the host; of all of it `place` makes `state` again."""
+        return self._on_host(PARTS[part](state))
+
+    def _on_host(self, tree: PyTree) -> PyTree:
+        return jax.device_get(tree)
 
     def fresh_metrics(self, state: TrainState) -> TrainState:
         """`state` with nothing in its metrics; `state` is used up."""
-        empty = jax.tree.map(np.zeros_like, self.gather(state.metrics))
-        return state.replace(metrics=self.place(empty))
+        empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.metrics)
+        return state.replace(metrics=mesh.put(empty, self._sharding))
 
     def split(self, tree: PyTree) -> list[PyTree]:
-        """The part of each run, on the host: of this one run here, of each member in a group's programs."""
-        return [jax.device_get(tree)]
+        """What each run has in a tree on the host: this one run all of it, each member of a group its own."""
+        return [tree]
 
     def population_statistics(self, state: TrainState) -> PyTree:
         """The `batch_stats` of all the training examples taken as one batch."""
@@ -199,7 +215,8 @@ class Programs:
 
     def learning_rate(self, step: int) -> Array:
         """The learning rate of the update that leads from `step` to `step + 1`."""
-        return self._call("learning_rate", self._learning_rate, self.hyper, np.int32(step), once=True, here=True)
+        arguments = (self._host_hyper, np.int32(step))
+        return self._call("learning_rate", self._learning_rate, *arguments, once=True, here=True)
 
     def close(self) -> None:
         """Ends what reads streamed data; if it is asked to train again it starts again."""

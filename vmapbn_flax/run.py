@@ -116,14 +116,13 @@ class Run:
     def _advance(self, count: int) -> float:
         """Takes `count` steps and writes the training rows if they are due; returns the seconds it took."""
         # A copy: on the CPU what comes back is a view of a buffer that the step writes to.
-        before = jax.tree.map(np.array, self._programs.split(self._state.batch_stats)) if self.step == 0 else None
+        before = jax.tree.map(np.array, self._each("batch_stats")) if self.step == 0 else None
         with self._timing.clock("train") as clock:
             self._state = self._programs.advance(self._state, self.step, count)
-            counters = self._programs.split((self._state.step, self._state.skipped_steps, self._state.skipped_in_a_row))
+            counters = self._each("counters")
         self.step += count
         if before is not None:
-            after = self._programs.split(self._state.batch_stats)
-            for old, new, (_, skipped, _) in zip(before, after, counters, strict=True):
+            for old, new, (_, skipped, _) in zip(before, self._each("batch_stats"), counters, strict=True):
                 if not skipped:
                     _require_moved(old, new)
         for record, (step, _, in_a_row) in zip(self._records, counters, strict=True):
@@ -136,10 +135,15 @@ class Run:
             self._write_rows([int(skipped) for _, skipped, _ in counters])
         return clock.seconds
 
+    def _each(self, part: str) -> list[Any]:
+        """A part of the state, of each record, on the host."""
+        return self._programs.split(self._programs.fetch(self._state, part))
+
     def _write_rows(self, skipped_steps: Sequence[int]) -> None:
-        rates = self._programs.split(self._programs.learning_rate(self.step - 1))
-        metrics = self._programs.split(self._state.metrics)
-        for record, measured, skipped, rate in zip(self._records, metrics, skipped_steps, rates, strict=True):
+        rates = self._programs.split(jax.device_get(self._programs.learning_rate(self.step - 1)))
+        for record, measured, skipped, rate in zip(
+            self._records, self._each("metrics"), skipped_steps, rates, strict=True
+        ):
             if not record.stopped:
                 record.trained(self.step, measured, skipped, float(rate))
         self._state = self._programs.fresh_metrics(self._state)
@@ -173,7 +177,7 @@ class Run:
         with self._timing.clock("checkpoint"):
             for record in self._active():
                 record.flush()  # the rows of a checkpoint are on the disk before it is
-            self._checkpoints.save(self.step, self._programs.gather(self._state), **self._described())
+            self._checkpoints.save(self.step, self._programs.fetch(self._state), **self._described())
 
     def _described(self) -> dict[str, Any]:
         """What a checkpoint is saved with."""

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vmapbn_flax import console, mesh, signals
+from vmapbn_flax import console, mesh, processes, signals
 from vmapbn_flax.checkpoint import Checkpoints
 from vmapbn_flax.config import validate_sizes
-from vmapbn_flax.errors import Interrupted, RunError, UsageError
+from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.expand import Member, expand, program_key
 from vmapbn_flax.files import workdir_lock
 from vmapbn_flax.group import GroupPrograms
@@ -23,8 +23,10 @@ from vmapbn_flax.record import Record
 from vmapbn_flax.run import Run
 
 
-def train_sweep(config: ConfigDict, workdir: Path) -> Ledger:
+def train_sweep(config: ConfigDict, workdir: Path) -> Ledger | None:
     """Trains, or resumes, the sweep in `workdir`, reports on it, and returns its ledger.
+
+    Nothing is returned in a process that is not the first of the sweep.
 
     Args:
       config: what `configs/default.py` makes, with values in `config.sweep`.
@@ -35,24 +37,55 @@ def train_sweep(config: ConfigDict, workdir: Path) -> Ledger:
       RunError: the workdir is in use, damaged or of another sweep.
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
-    if config.distributed.coordinator:
-        raise UsageError(
-            f"config.distributed.coordinator: got {config.distributed.coordinator!r} for a sweep, expected '': a sweep "
-            f"uses the devices of one process. Give each process a sweep, and a workdir, of its own."
-        )
-    members = {member.name: member for member in expand(config)}
+    expand(config)  # finds fault with it before the processes meet
     mesh.divide_cpu(config, sweep=True)
-    datasets = Datasets()
-    for member in members.values():
-        validate_sizes(member.config, len(datasets.of(member.config).train))
-    with workdir_lock(workdir):
-        ledger = make_plan(config, workdir, members, datasets)
-        with signals.deferred() as received:
-            _train_groups(config, workdir, ledger, members, datasets, received)
-        from vmapbn_flax.report import report  # matplotlib, which has been imported by now if anything was trained
+    with processes.joined(config) as group:
+        config, datasets = group.config, Datasets()
+        with group.together():
+            members = {member.name: member for member in expand(config)}
+            for member in members.values():
+                validate_sizes(member.config, len(datasets.of(member.config).train))
+        programs_of = _ProgramsOf(list(members.values()), datasets)
+        if group.follows:
+            group.follow(change=programs_of)
+            return None
+        received: list[int] = []
+        with group.led(received) as leader, workdir_lock(workdir):
+            ledger = make_plan(config, workdir, members, datasets)
+            with signals.deferred(received):
+                _train_groups(config, workdir, ledger, members, programs_of, leader, received)
+            from vmapbn_flax.report import report  # matplotlib, which has been imported if anything was trained
 
-        report(workdir)
-    return ledger
+            report(workdir)
+            leader.exit_status = 1 if ledger.count("failed") else 0
+        return ledger
+
+
+class _ProgramsOf:
+    """The programs of some members, called with their numbers: where those of the last ones will do, the same.
+
+    Raises:
+      UsageError: see `GroupPrograms`.
+    """
+
+    def __init__(self, members: Sequence[Member], datasets: Datasets):
+        self._members, self._datasets = members, datasets
+        self._last, self._compiled_for = None, None
+
+    def __call__(self, numbers: Sequence[int]) -> GroupPrograms:
+        configs = [self._members[number].config for number in numbers]
+        key = (len(configs), program_key(configs[0]))
+        if self._last is not None and key == self._compiled_for:
+            self._last = self._last.with_members(configs)
+        else:
+            self.forget()  # before there are others
+            dataset, devices = self._datasets.of(configs[0]), mesh.member_mesh(configs[0], len(configs))
+            self._last, self._compiled_for = GroupPrograms(configs, dataset, devices), key
+        return self._last
+
+    def forget(self) -> None:
+        """Lets go of the last ones."""
+        self._last = None
 
 
 def _train_groups(
@@ -60,42 +93,41 @@ def _train_groups(
     workdir: Path,
     ledger: Ledger,
     members: Mapping[str, Member],
-    datasets: Datasets,
+    programs_of: _ProgramsOf,
+    leader: processes.Leader,
     received: Sequence[int],
 ) -> None:
     """Trains every group that has a member which is not over."""
-    programs, compiled_for, step = None, None, 0
+    # Where one of many processes fails in a call that all make, they are no longer together.
+    failures = RunError if leader.is_followed else (RunError, MemoryError, jax.errors.JaxRuntimeError)
+    numbers, step = {name: number for number, name in enumerate(members)}, 0
     with console.SweepProgress(ledger) as progress:
         for number, names in enumerate(ledger.groups):
             directory = workdir / "groups" / str(number)
             if not all(ledger.is_over(name) for name in names):
                 if received:
                     raise Interrupted(received[0], step)
-                started, configs = time.monotonic(), [members[name].config for name in names]
+                started, together = time.monotonic(), [numbers[name] for name in names]
                 try:
-                    key = (len(names), program_key(configs[0]))
-                    if programs is not None and key == compiled_for:
-                        programs = programs.with_members(configs)
-                    else:
-                        devices = mesh.member_mesh(configs[0], len(names))
-                        programs = GroupPrograms(configs, datasets.of(configs[0]), devices)
-                    compiled_for = key
+                    leader.change(together)
+                    programs = leader.of_all(programs_of(together))
                     progress.start(number, names, programs.total_steps)
                     records = [Record(members[name].config, workdir / name, programs.selection, name) for name in names]
-                    run = GroupRun(records, directory, programs, started, ledger)
-                    with contextlib.closing(run):
+                    with contextlib.closing(GroupRun(records, directory, programs, started, ledger)) as run:
                         run.to_end(received, progress)
                         run.finish()
                     step = run.step
-                # Out of memory, a full disk, a damaged checkpoint: what can strike one group and not another.
-                except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:
-                    programs = None
+                # A full disk, a damaged checkpoint, out of memory: what can strike one group and not another.
+                except failures as error:
+                    programs_of.forget()
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     ledger.mark(names, "failed", reason=reason)
                     console.say(f"warning: group {number} failed: {reason}")
                     if config.sweep_options.on_failure == "stop":
                         return
                     continue
+                finally:
+                    programs = run = None  # what lies on the devices
             # Its members have checkpoints of their own by now.
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -134,7 +166,7 @@ class GroupRun(Run):
 
     def _diverged(self, record: Record, step: int) -> None:
         """Marks the member, which the step has frozen, and lets the others train on."""
-        with self._saving(record, self._programs.split(self._state)[self._records.index(record)], step):
+        with self._saving(record, self._each("state")[self._records.index(record)], step):
             record.stopped = True
         most = self._config.train.max_skipped_steps
         self._ledger.mark([record.name], "diverged", step, f"{most} steps in a row not finite, up to step {step}")
@@ -143,7 +175,7 @@ class GroupRun(Run):
         """Writes each member's checkpoint and summary, and marks it done; returns the summaries."""
         summaries = {}
         with self._timing.clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
-            for record, state in zip(self._records, self._programs.split(self._state), strict=True):
+            for record, state in zip(self._records, self._each("state"), strict=True):
                 if not record.stopped:
                     stack.enter_context(self._saving(record, state, self.step))
         device = console.device_name(self._programs.devices)

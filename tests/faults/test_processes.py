@@ -1,4 +1,4 @@
-"""One run in several processes, over loopback: the numbers of one process, and an end for all of them."""
+"""One run, or sweep, in several processes, over loopback: the numbers of one process, and an end for all of them."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import socket
 
 import numpy as np
 import pytest
-from program import CONFIG, Program
+from program import CONFIG, SWEEP, Program
 from runs import leftovers, outcome, state_bytes
 
 from vmapbn_flax.checkpoint import saved_steps
@@ -23,6 +23,7 @@ FLAGS = (
     "--config.train.log_every=1",
     "--config.train.eval_every=1.0",
 )
+SWEEP_FLAGS = (SWEEP, "--config.optimizer.name=sgd", "--config.mesh.cpu_devices=1")
 SECONDS = 120  # a limit for what takes ten or less on a machine that is not this busy
 
 
@@ -42,10 +43,10 @@ def servers(program):
 
 
 class Processes:
-    """A run in `count` processes: its workdir, and the output of each."""
+    """A run, or with other `flags` a sweep, in `count` processes: its workdir, and the output of each."""
 
-    def __init__(self, servers, place, count):
-        self.servers, self.workdir = servers(count), place / "run"
+    def __init__(self, servers, place, count, flags=FLAGS):
+        self.servers, self.workdir, self.flags = servers(count), place / "run", flags
         self.logs = [place / f"log{i}" for i in range(count)]
 
     def start(self, *flags, faults=None, own_flags=None):
@@ -56,7 +57,14 @@ class Processes:
             log.write_text("")
             address = {"coordinator": f"127.0.0.1:{port}", "num_processes": len(self.servers), "process_id": i}
             distributed = [f"--config.distributed.{name}={value}" for name, value in address.items()]
-            argv = ("train", *FLAGS, *flags, *(own_flags or {}).get(i, ()), f"--workdir={self.workdir}", *distributed)
+            argv = (
+                "train",
+                *self.flags,
+                *flags,
+                *(own_flags or {}).get(i, ()),
+                f"--workdir={self.workdir}",
+                *distributed,
+            )
             server.start(*argv, log=log, **(faults or {}).get(i, {}))
 
     def wait(self):
@@ -234,3 +242,54 @@ def test_four_processes_with_two_devices_each(servers, tmp_path, alone):
     assert two.run(faults={1: {"name": ADVANCE, "call": 20}}) == [1, -signal.SIGKILL]
     assert four.run(*flags) == [0] * 4, four.lines(0)
     assert_same_run(four.workdir, alone)
+
+
+@pytest.fixture
+def two_sweeping(servers, tmp_path):
+    return Processes(servers, tmp_path, 2, SWEEP_FLAGS)
+
+
+def ledger(workdir):
+    return json.loads((workdir / "sweep.json").read_text())
+
+
+def test_a_sweep(two_sweeping, program, tmp_path):
+    """Its members lie over both processes; one dies, one process continues, and then two, until a signal and again."""
+    two, log = two_sweeping, tmp_path / "log"
+    group = ("--config.sweep.model.hidden=((6,5),(6,5))", "--config.sweep.optimizer.learning_rate=(0.03,1e38)")
+    alone = ("train", *SWEEP_FLAGS, *group)
+    assert program.run(*alone, f"--workdir={tmp_path}/alone", log=log) == 0, log.read_text()
+    assert two.run(*group, faults={1: {"name": ADVANCE, "call": 4}}) == [1, -signal.SIGKILL]
+    assert any(line.startswith(LOST) for line in two.lines(0))
+    assert {entry["status"] for entry in ledger(two.workdir)["members"].values()} == {"running"}
+    status = program.run(*alone, f"--workdir={two.workdir}", log=log, name=ADVANCE, call=2)
+    assert status == -signal.SIGKILL, log.read_text()
+    two.start(*group, faults={1: {"name": ADVANCE, "call": 2, "seconds": 1.0}})
+    two.wait_for(1, "waiting")
+    two.servers[1].signal(signal.SIGTERM)
+    assert two.wait() == [128 + signal.SIGTERM] * 2
+    assert two.run(*group) == [0, 0], two.lines(0)
+    assert "2 members in 1 groups, a program each, on 2 x cpu" in two.lines(0)[0]
+    assert two.lines(1) == []
+
+    assert ledger(two.workdir) == ledger(tmp_path / "alone")
+    assert [entry["status"] for entry in ledger(two.workdir)["members"].values()] == ["done", "diverged"]
+    assert leftovers(two.workdir) == []
+    for name in ledger(two.workdir)["members"]:
+        for got, expected in zip(rows(two.workdir / name), rows(tmp_path / "alone" / name), strict=True):
+            assert got.keys() == expected.keys()
+            np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_a_group_that_fails(two_sweeping):
+    """Something else is in the place of its checkpoints; the other group, of one member, is trained."""
+    two = two_sweeping
+    (two.workdir / "groups").mkdir(parents=True)
+    (two.workdir / "groups" / "0").write_text("")
+    assert two.run("--config.sweep_options.chunk=1") == [1, 1]
+    assert [entry["status"] for entry in ledger(two.workdir)["members"].values()] == [
+        "failed",
+        "diverged",
+        *["done"] * 2,
+    ]
+    assert two.lines(1) == []
