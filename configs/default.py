@@ -42,12 +42,12 @@ def get_config() -> ConfigDict:
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 0  # devices that batches are split over; 0: every GPU or TPU, one CPU device a process; sweeps: one
-    mesh.member = 0  # times as many that a sweep's members are laid over; 0: all of this machine
+    mesh.member = 0  # times as many that a sweep's members are laid over; 0: all there are
     mesh.cpu_devices = 0  # that a CPU is divided into; 0: what mesh.data asks for; sweeps: one a core
     mesh.replicate_limit = 2**30  # bytes of images up to which each device holds all of them; beyond, a share
 
     config.distributed = distributed = ConfigDict()
-    distributed.coordinator = ""  # "host:port" of process 0, for one run in many processes; "slurm": as srun says
+    distributed.coordinator = ""  # "host:port" of process 0, for many processes; "slurm": as srun says
     distributed.num_processes = 1  # with a "host:port"
     distributed.process_id = 0  # with a "host:port": which of them this is; process 0 writes the workdir
 

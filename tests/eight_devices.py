@@ -169,7 +169,7 @@ KINDS = "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|colle
 def collectives(programs, name="train"):
     """Each collective in a compiled program: its kind, and the type and number of elements that it moves."""
     found = []
-    for line in programs._compiled[name].result().as_text().splitlines():
+    for line in programs.compiler[name].as_text().splitlines():
         if match := re.search(rf"= (.*?) ({KINDS})(?:-start)?\(", line):
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             sizes = [int(np.prod([int(size) for size in shape.split(",") if size])) for _, shape in shapes]

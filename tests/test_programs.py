@@ -68,7 +68,7 @@ def _instructions(config):
     """The compiled training steps, named in the order they appear in."""
     programs = Programs(config, small.dataset())
     programs.compile_ahead(0)
-    text = programs._compiled["train"].result().as_text()
+    text = programs.compiler["train"].as_text()
     text = text[text.index("\n%") :]  # after the table of source lines
     text = re.sub(r", metadata=\{[^}]*\}", "", text)
     text = re.sub(r"(?m)^(%\S+) \(.*$", r"\1", text)  # the names of parameters
@@ -81,11 +81,11 @@ def test_compiled_ahead():
     programs = Programs(small.config(), small.dataset(validation_size=20))
     state = programs.create()
     programs.compile_measure_ahead()
-    ahead = dict(programs._compiled)
+    ahead = dict(programs.compiler._programs)
     assert ahead.keys() == {"create", "validation", "test"}
     figures = programs.evaluate(state)
     programs.compile_measure_ahead()
-    assert programs._compiled == ahead
+    assert programs.compiler._programs == ahead
     assert figures == Programs(small.config(), small.dataset(validation_size=20)).evaluate(state)
 
 
@@ -129,9 +129,9 @@ def test_each_program_is_compiled_once():
     programs = small.programs()
     state = programs.create()
     programs.evaluate(state)
-    compiled = programs.compile_seconds
+    compiled = programs.compiler.compile_seconds
     assert compiled > 0
     for step in (0, 6):
         state = programs.advance(state, step, 6)
         programs.evaluate(state)
-    assert programs.compile_seconds == compiled
+    assert programs.compiler.compile_seconds == compiled

@@ -455,7 +455,7 @@ def test_memory_estimate_is_of_the_right_size(real_data):
     for count in (1, 3):
         programs = GroupPrograms([config] * count, dataset, mesh.member_mesh(config, 1))
         programs.advance(programs.create(), 0, 1)
-        analysis = programs._compiled["train"].result().memory_analysis()
+        analysis = programs.compiler["train"].memory_analysis()
         needs.append(analysis.temp_size_in_bytes + analysis.argument_size_in_bytes)
     assert 0.3 < member_bytes(config, dataset) / ((needs[1] - needs[0]) / 2) < 5
 
@@ -477,7 +477,7 @@ programs = GroupPrograms(configs, small.dataset(20), devices)
 state = programs.advance(programs.create(), 0, 5)
 state = programs.place(programs.fetch(state))
 state = programs.advance(state, 5, 5)
-text = programs._compiled["train"].result().as_text()
+text = programs.compiler["train"].as_text()
 assert "all-" not in text and "collective" not in text
 leaves = jax.tree.leaves(programs.fetch(state))
 np.savez(sys.argv[1], devices=devices.size, **{str(i): leaf for i, leaf in enumerate(leaves)})

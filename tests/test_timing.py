@@ -90,18 +90,18 @@ def test_table_says_the_speed(capsys, tmp_path):
 def test_clocks_by_hand(monkeypatch, unchecked):
     now = SimpleNamespace(time=100.0)
     monkeypatch.setattr(timing.time, "monotonic", lambda: now.time)
-    programs = SimpleNamespace(compile_seconds=0.0, device_seconds={"train": 0.0})
-    run = timing.Timing(programs, started=98.0)
+    compiler = SimpleNamespace(compile_seconds=0.0, device_seconds={"train": 0.0})
+    run = timing.Timing(compiler, started=98.0)
     assert run.speed(0) == {}
 
     now.time += 3  # the start, one second of it compiling
-    programs.compile_seconds += 1
+    compiler.compile_seconds += 1
     run.started_up()
     for _ in range(2):  # ten seconds of training, of which six and two thirds in the program, and five compiling
         with run.clock("train") as clock:
             now.time += 7.5
-            programs.compile_seconds += 2.5
-            programs.device_seconds["train"] += 10 / 3
+            compiler.compile_seconds += 2.5
+            compiler.device_seconds["train"] += 10 / 3
         assert clock.seconds == 5
     with run.clock("evaluate"):
         now.time += 4

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -43,13 +42,13 @@ class GroupPrograms(Programs):
         self._evaluate = over_members(self._evaluate, in_axes=(0, 0, 0, None, None))
         self._learning_rate = at_once(self._learning_rate, in_axes=(0, None))
         # For members on the devices of other processes.
-        self._gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(devices, PartitionSpec()))
+        self._gather = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(devices, PartitionSpec()))
         self._set_members(configs)
 
     def with_members(self, configs: Sequence[ConfigDict]) -> "GroupPrograms":
         """The same programs, compiled already, for as many other members."""
         other = copy.copy(self)
-        other.compile_seconds, other.device_seconds = 0.0, defaultdict(float)
+        other.compiler = self.compiler.with_clocks_at_zero()
         other._epoch_order = (-1, None)
         other._set_members(configs)
         return other
@@ -77,9 +76,11 @@ class GroupPrograms(Programs):
         return mesh.put(jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], state), self._sharding)
 
     def _on_host(self, tree: PyTree) -> PyTree:
-        if not self.is_whole:
-            tree = jax.block_until_ready(self._gather(tree))
-        return jax.tree.map(lambda leaf: leaf[: self._count], jax.device_get(tree))
+        if self.is_whole:
+            tree = jax.device_get(tree)
+        else:  # leaf by leaf: each then lies on all devices with all members
+            tree = jax.tree.map(lambda leaf: jax.device_get(self._gather(leaf)), tree)
+        return jax.tree.map(lambda leaf: leaf[: self._count], tree)
 
     def split(self, tree: PyTree) -> list[PyTree]:
         return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self._count)]  # noqa: B023

@@ -89,9 +89,9 @@ def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
 
 
 def _say_plan(workdir: Path, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
+    groups = f"{len(ledger.groups)} group{'s' * (len(ledger.groups) != 1)}"
     console.say(
-        f"{workdir}: {len(ledger.members)} members in {len(ledger.groups)} groups, a program each, "
-        f"on {console.device_name(jax.devices())}"
+        f"{workdir}: {len(ledger.members)} members in {groups}, a program each, on {console.device_name(jax.devices())}"
     )
     rows = []
     for number, names in enumerate(ledger.groups):

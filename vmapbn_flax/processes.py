@@ -24,6 +24,8 @@ from vmapbn_flax.state import TrainState
 
 _END, _CHANGE, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE, _FETCH = range(8)
 
+_PIECE_BYTES = 2**26
+
 
 class Group:
     """The processes of a run, seen from one of them.
@@ -131,7 +133,10 @@ class Group:
             content = np.zeros(sum(sizes), np.uint8)
         else:
             content = np.concatenate([np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
-        parts = np.split(np.asarray(multihost_utils.broadcast_one_to_all(content)), np.cumsum(sizes)[:-1])
+        # Piece by piece: each lies whole on a device.
+        pieces = np.split(content, range(_PIECE_BYTES, content.size, _PIECE_BYTES))
+        content = np.concatenate([multihost_utils.broadcast_one_to_all(piece) for piece in pieces])
+        parts = np.split(content, np.cumsum(sizes)[:-1])
         arrays = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
         return jax.tree.unflatten(structure, arrays)
 

@@ -3,37 +3,22 @@
 import contextlib
 import functools
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.stages import Compiled, Lowered
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax import console, mesh, steps
+from vmapbn_flax.compiler import Compiler
 from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.metrics import EvalMetrics, compute
 from vmapbn_flax.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
 from vmapbn_flax.stream import Stream
-
-# Compiles the initialisation in a fifth of the time.
-_UNOPTIMISED = {"xla_backend_optimization_level": 0}
-
-# Fewer copies of the optimizer's moments in the loop, whole vectors where there is AVX-512, and the compiler's own code
-# for reductions and products instead of a library's; docs/performance.md has what that is worth.
-_CPU_OPTIONS = {
-    "xla_cpu_copy_insertion_use_region_analysis": True,
-    "xla_cpu_prefer_vector_width": 512,
-    "xla_cpu_experimental_ynn_fusion_type": "",
-}
 
 # Of a state, what `Programs.fetch` can be asked for.
 PARTS: dict[str, Callable[[TrainState], PyTree]] = {
@@ -47,8 +32,7 @@ PARTS: dict[str, Callable[[TrainState], PyTree]] = {
 class Programs:
     """Creates, advances and evaluates the state of a run of `config` on `dataset`.
 
-    Each program is compiled when it is first called, or ahead of that when asked to; `compile_seconds` says how long
-    was waited for that in all, and `device_seconds` by name how long each program ran.
+    Each program is compiled when it is first called, or ahead of that when asked to; `compiler` has what it took.
     Batches are split over the axis `data` of the mesh `devices`, or lie on the default device without one.
 
     Raises:
@@ -70,8 +54,7 @@ class Programs:
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self.hyper = self._host_hyper = make_hyperparameters(config, self.steps_per_epoch)
-        self.compile_seconds = 0.0
-        self.device_seconds: dict[str, float] = defaultdict(float)
+        self.compiler = Compiler(self._sharding)
         self._seed, self._num_train = config.seed, len(dataset.train)
         self._stream = None
         if dataset.streamed:
@@ -87,8 +70,6 @@ class Programs:
         self._evaluate = steps.make_evaluate(config, num_classes, self.layout)
         self._population = steps.make_population_statistics(config, num_classes, self.layout)
         self._learning_rate = partial(learning_rate, config.optimizer)
-        self._compiled: dict[str, Future] = {}
-        self._compiler = ThreadPoolExecutor(2)
         self._epoch_order = (-1, None)
 
     def where(self) -> str:
@@ -106,10 +87,10 @@ class Programs:
 
     def compile_ahead(self, step: int) -> None:
         """Starts to compile what trains from `step` on, beside whatever else comes first."""
-        if "train" in self._compiled or step >= self.total_steps:
+        if "train" in self.compiler or step >= self.total_steps:
             return
         arguments = (self._placed_template(), self.hyper, *self._position(step), np.int32(1))
-        self._start_compiling("train", self._train_steps, arguments, donate=(0,))
+        self.compiler.start("train", self._train_steps, arguments, donate=(0,))
 
     def compile_measure_ahead(self) -> None:
         """Starts to compile what `measure` calls, beside the device at work.
@@ -119,9 +100,10 @@ class Programs:
         if self._stream or jax.process_count() > 1:
             return
         state = self._placed_template()
-        for name in self._splits.keys() - {"train"} - self._compiled.keys():
-            arguments = (state.params, state.batch_stats, self.hyper, *self._data[name])
-            self._start_compiling(name, self._evaluate, arguments, trace_too=True)
+        for name in self._splits:
+            if name != "train" and name not in self.compiler:
+                arguments = (state.params, state.batch_stats, self.hyper, *self._data[name])
+                self.compiler.start(name, self._evaluate, arguments, trace_too=True)
 
     def _placed_template(self) -> TrainState:
         return jax.tree.map(
@@ -131,7 +113,7 @@ class Programs:
 
     def create(self) -> TrainState:
         """The state before the first step."""
-        return self._call("create", self._create, self.hyper, once=True)
+        return self.compiler.call("create", self._create, self.hyper, once=True)
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
         """`count` steps from `step`, the step of `state`, on, within one epoch; `state` is used up."""
@@ -140,14 +122,14 @@ class Programs:
             if self._stream:
                 count = min(end - step, self._stream.steps_left(step))
             arguments = (*self._position(step), np.int32(count))
-            state = self._call("train", self._train_steps, state, self.hyper, *arguments, donate=(0,))
+            state = self.compiler.call("train", self._train_steps, state, self.hyper, *arguments, donate=(0,))
             del arguments
             step += count
         return state
 
     def gradients(self, state: TrainState, step: int) -> tuple[Array, PyTree]:
         """The logits of the batch that `step` trains on, `(batch, classes)`, and the loss's gradients."""
-        return self._call("gradients", self._gradients, state, self.hyper, *self._position(step))
+        return self.compiler.call("gradients", self._gradients, state, self.hyper, *self._position(step))
 
     def _position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
         """The training set, its order in the epoch that `step` is in, and the number of the batch there.
@@ -171,10 +153,10 @@ class Programs:
     def _measure(self, name: str, state: TrainState) -> EvalMetrics:
         variables = (state.params, state.batch_stats, self.hyper)
         if self._stream is None:
-            return self._call(name, self._evaluate, *variables, *self._data[name])
+            return self.compiler.call(name, self._evaluate, *variables, *self._data[name])
 
         def measure(batch: tuple) -> EvalMetrics:
-            return jax.device_get(self._call("evaluate", self._evaluate, *variables, *batch))
+            return jax.device_get(self.compiler.call("evaluate", self._evaluate, *variables, *batch))
 
         with contextlib.closing(self._stream.batches(self._splits[name])) as batches:
             return functools.reduce(EvalMetrics.merge, map(measure, batches))  # in the order of the program's own loop
@@ -211,79 +193,20 @@ class Programs:
     def population_statistics(self, state: TrainState) -> PyTree:
         """The `batch_stats` of all the training examples taken as one batch."""
         images, _ = self._data["train"]
-        return self._call("population", self._population, state.params, state.batch_stats, self.hyper, images)
+        return self.compiler.call("population", self._population, state.params, state.batch_stats, self.hyper, images)
 
     def learning_rate(self, step: int) -> Array:
         """The learning rate of the update that leads from `step` to `step + 1`."""
         arguments = (self._host_hyper, np.int32(step))
-        return self._call("learning_rate", self._learning_rate, *arguments, once=True, here=True)
+        return self.compiler.call("learning_rate", self._learning_rate, *arguments, once=True, here=True)
 
     def close(self) -> None:
         """Ends what reads streamed data; if it is asked to train again it starts again."""
         if self._stream:
             self._stream.close()
 
-    def _call(
-        self,
-        name: str,
-        function: Callable,
-        *arguments: Any,
-        donate: Sequence[int] = (),
-        once: bool = False,
-        here: bool = False,
-    ) -> Any:
-        """Calls `function`, compiled under `name`.
-
-        Args:
-          donate: which of the arguments it uses up.
-          once: spares the optimising of what hardly runs.
-          here: the result need not lie as a state does, and no other process makes the same call.
-        """
-        program = self._compiled.get(name)
-        if program is None or not program.done():
-            started = time.monotonic()
-            program = program or self._start_compiling(name, function, arguments, donate, once, here)
-            program.exception()  # waits
-            self.compile_seconds += time.monotonic() - started
-        started = time.monotonic()
-        # Several programs under way at once can wait for one another's collectives for ever; a lack of memory that a
-        # second program is the first to meet hangs; and a window of streamed data is let go once it was trained on.
-        result = jax.block_until_ready(program.result()(*arguments))
-        self.device_seconds[name] += time.monotonic() - started
-        return result
-
-    def _start_compiling(
-        self,
-        name: str,
-        function: Callable,
-        arguments: Sequence[Any],
-        donate: Sequence[int] = (),
-        once: bool = False,
-        here: bool = False,
-        trace_too: bool = False,
-    ) -> Future:
-        """Traces `function` and hands it to a thread, or with `trace_too` has that trace it; see `_call`."""
-        out = None if here else self._sharding
-        options = _UNOPTIMISED if once else _CPU_OPTIONS
-        lower = partial(jax.jit(function, donate_argnums=donate, out_shardings=out).lower, *arguments)
-        # Tracing holds the interpreter: while something waits for a program, two at a time only hold it up.
-        lowered = None if trace_too else lower()
-        self._compiled[name] = self._compiler.submit(lambda: _compile(lowered or lower(), options))
-        return self._compiled[name]
-
     def _put_order(self, order: np.ndarray) -> Array:
         return mesh.put(order, self._sharding)
-
-
-def _compile(lowered: Lowered, cpu_options: Mapping[str, Any]) -> Compiled:
-    if jax.default_backend() != "cpu":
-        return lowered.compile()
-    try:
-        return lowered.compile(cpu_options)
-    except jax.errors.JaxRuntimeError as error:
-        if "compile option" not in str(error):
-            raise
-        return lowered.compile()  # a compiler that no longer has one of them
 
 
 def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:

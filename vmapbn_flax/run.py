@@ -34,7 +34,7 @@ class Run:
     def __init__(self, records: Sequence[Record], directory: Path, programs: Programs, started: float):
         self._records, self._directory, self._programs = records, directory, programs
         self._config = records[0].config  # what is read from it is the same for all
-        self._timing = Timing(programs, started)
+        self._timing = Timing(programs.compiler, started)
         self._eval_steps = max(1, steps_in(self._config.train.eval_every, programs.steps_per_epoch))
 
         restored = restore_latest(directory / "checkpoints", programs.template())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 
+from vmapbn_flax.compiler import Compiler
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.programs import Programs
 
 
 class Clock:
@@ -23,27 +23,27 @@ class Clock:
 
 
 class Timing:
-    """The seconds of a run of `programs`, whose program started at `time.monotonic() == started`."""
+    """The seconds of a run of what `compiler` compiles, whose program started at `time.monotonic() == started`."""
 
-    def __init__(self, programs: Programs, started: float):
-        self._programs, self._started = programs, started
+    def __init__(self, compiler: Compiler, started: float):
+        self._compiler, self._started = compiler, started
         self._seconds: dict[str, float] = defaultdict(float)
 
     def started_up(self) -> None:
         """Says that all so far, but for compiling, was `startup`."""
-        self._seconds["startup"] = time.monotonic() - self._started - self._programs.compile_seconds
+        self._seconds["startup"] = time.monotonic() - self._started - self._compiler.compile_seconds
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[Clock]:
         """Adds the seconds of its block to `name`, without those spent compiling."""
-        clock, started, compiled = Clock(), time.monotonic(), self._programs.compile_seconds
+        clock, started, compiled = Clock(), time.monotonic(), self._compiler.compile_seconds
         yield clock
-        clock.seconds = time.monotonic() - started - (self._programs.compile_seconds - compiled)
+        clock.seconds = time.monotonic() - started - (self._compiler.compile_seconds - compiled)
         self._seconds[name] += clock.seconds
 
     def seconds(self) -> dict[str, float]:
         """How long each thing took."""
-        seconds = {"compile": self._programs.compile_seconds, **self._seconds}
+        seconds = {"compile": self._compiler.compile_seconds, **self._seconds}
         return {**seconds, "total": time.monotonic() - self._started}
 
     def speed(self, examples: int) -> dict[str, int | float]:
@@ -58,7 +58,7 @@ class Timing:
         loop = seconds.pop("total") - sum(value for name, value in seconds.items() if name != "train")
         return {
             "examples_per_second": round(examples / loop),
-            "fraction_outside_device_program": round(1 - self._programs.device_seconds["train"] / loop, 4),
+            "fraction_outside_device_program": round(1 - self._compiler.device_seconds["train"] / loop, 4),
         }
 
     @contextlib.contextmanager

@@ -50,7 +50,7 @@ def step_collectives(dataset: Dataset, **changes) -> list[tuple[str, int]]:
     programs = Programs(of_run, dataset, mesh.solo_mesh(of_run))
     programs.advance(programs.create(), 0, 1)
     found = []
-    for match in COLLECTIVE.finditer(programs._compiled["train"].result().as_text()):
+    for match in COLLECTIVE.finditer(programs.compiler["train"].as_text()):
         shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
         sizes = [ITEM_BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in shapes]
         found.append((match[2], sum(sizes)))
