@@ -195,6 +195,22 @@ def test_gradient_that_is_not_finite():
     assert counters(new) == (2, 1, 1)
 
 
+def test_every_gradient_is_looked_at():
+    """Whatever is too large, wherever: in arrays that eighths divide, and that they do not."""
+    bound = np.float32(3)
+    tree = {"scalar": np.float32(1), "short": -np.ones(5, np.float32), "long": np.full((3, 7), 2, np.float32)}
+    below = jax.jit(lambda tree: steps._all_below(bound, tree))
+    assert below(tree)
+    for number in (np.nan, -np.nan, np.inf, -np.inf, bound, -bound, np.finfo(np.float32).max):
+        for name, leaf in tree.items():
+            for position in np.ndindex(leaf.shape):
+                changed = np.array(leaf)
+                changed[position] = number
+                assert not below(tree | {name: changed}), (number, name, position)
+    for number in (np.nextafter(bound, np.float32(0)), -np.nextafter(bound, np.float32(0)), 0.0, -0.0, 1e-45):
+        assert below(tree | {"long": np.full((3, 7), number, np.float32)}), number
+
+
 def test_frozen_after_too_many():
     most = small.config().train.max_skipped_steps
     step, batch, state = small.train_step(), small.batch(), small.start()

@@ -1,5 +1,6 @@
 """A training step, many of them, and an evaluation: pure functions of arrays."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from vmapbn_flax.mesh import ONE_DEVICE, Layout
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     mask: Bool[Array, " batch"] | None = None
 
 
-_LARGEST_GRADIENT = float(np.sqrt(np.finfo(np.float32).max))
+_LARGEST_GRADIENT = np.sqrt(np.finfo(np.float32).max)
 
 TrainStep = Callable[[TrainState, Hyperparameters, Batch], tuple[TrainState, TrainMetrics]]
 
@@ -118,8 +118,8 @@ def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
         )
 
         frozen = state.skipped_in_a_row >= config.train.max_skipped_steps
-        # Squares that overflow would stay in Adam's second moment for ever. NaN compares as false.
-        finite = jnp.isfinite(value) & jnp.all(jnp.abs(ravel_pytree(grads)[0]) < _LARGEST_GRADIENT)
+        # Squares that overflow would stay in Adam's second moment for ever.
+        finite = jnp.isfinite(value) & _all_below(_LARGEST_GRADIENT, grads)
         moved = state.replace(
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
@@ -135,6 +135,23 @@ def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
         return state, metrics
 
     return train_step
+
+
+def _all_below(bound: np.float32, tree: PyTree) -> Bool[Array, ""]:
+    """Whether the magnitudes of all numbers in `tree` are; that of NaN is not.
+
+    The bits of a float32 but the sign are an integer that grows with its magnitude and is largest for NaN. Eighths of
+    an array are compared with one another first: XLA for CPUs works on many numbers at once elementwise, and on one at
+    a time where it reduces to a scalar.
+    """
+
+    def largest(leaf: Array) -> list[Int32[Array, " part"]]:
+        bits = lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.int32).reshape(-1) & 0x7FFFFFFF
+        divisible = bits.size // 8 * 8
+        return [functools.reduce(jnp.maximum, jnp.split(bits[:divisible], 8)), bits[divisible:]]
+
+    parts = [part for leaf in jax.tree.leaves(tree) for part in largest(leaf)]
+    return jnp.all(jnp.concatenate(parts) < bound.view(np.int32))
 
 
 def make_train_steps(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., TrainState]:
