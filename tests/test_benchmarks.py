@@ -21,6 +21,7 @@ def on_path(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["haiku", "nnx", "linen", "equinox", "torch"])
 def test_peers_learn(name):
     if not importlib.util.find_spec(name if name in ("haiku", "equinox", "torch") else "flax"):

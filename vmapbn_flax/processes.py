@@ -22,7 +22,7 @@ from vmapbn_flax.metrics import EvalMetrics
 from vmapbn_flax.programs import PARTS, Programs
 from vmapbn_flax.state import TrainState
 
-_END, _CHANGE, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE, _FETCH = range(8)
+_END, _CHANGE, _COMPILE, _COMPILE_MEASURE, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE, _FETCH = range(10)
 
 _PIECE_BYTES = 2**26
 
@@ -99,6 +99,10 @@ class Group:
                 if call == _CHANGE:
                     state = None
                     programs = change(self.broadcast(np.zeros(numbers[0], np.int32)).tolist())
+                elif call == _COMPILE:
+                    programs.compile_ahead(numbers[0])
+                elif call == _COMPILE_MEASURE:
+                    programs.compile_measure_ahead()
                 elif call == _CREATE:
                     state = programs.create()
                 elif call == _PLACE:
@@ -181,6 +185,14 @@ class _Announced:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._programs, name)
+
+    def compile_ahead(self, step: int) -> None:
+        self._leader.announce(_COMPILE, step)
+        self._programs.compile_ahead(step)
+
+    def compile_measure_ahead(self) -> None:
+        self._leader.announce(_COMPILE_MEASURE)
+        self._programs.compile_measure_ahead()
 
     def create(self) -> TrainState:
         self._leader.announce(_CREATE)

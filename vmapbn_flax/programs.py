@@ -93,11 +93,8 @@ class Programs:
         self.compiler.start("train", self._train_steps, arguments, donate=(0,))
 
     def compile_measure_ahead(self) -> None:
-        """Starts to compile what `measure` calls, beside the device at work.
-
-        Not of streamed data; nor in one of many processes, which compile together as they call together.
-        """
-        if self._stream or jax.process_count() > 1:
+        """Starts to compile what `measure` calls, beside the device at work; not of streamed data."""
+        if self._stream:
             return
         state = self._placed_template()
         for name in self._splits:
