@@ -68,7 +68,12 @@ class Program:
 
 def environment() -> dict[str, str]:
     """Variables for a process that imports what the tests do."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS)))}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS))),
+        # Undisturbed runs keep all they compile, or one whose files may not grow would tear what it is first to keep.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def _serve() -> None:
