@@ -16,7 +16,7 @@ from jax.stages import Compiled, Lowered
 _UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 # Fewer copies of the optimizer's moments in the loop, whole vectors where there is AVX-512, and the compiler's own code
-# for reductions and products instead of a library's; docs/performance.md has what that is worth.
+# for reductions and products instead of a library's; docs/speed.md has what that is worth.
 _CPU_OPTIONS = {
     "xla_cpu_copy_insertion_use_region_analysis": True,
     "xla_cpu_prefer_vector_width": 512,

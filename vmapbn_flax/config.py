@@ -171,6 +171,13 @@ def validate_sizes(config: ConfigDict, num_train: int) -> None:
         )
 
 
+def of_one_process(config: ConfigDict) -> ConfigDict:
+    """A copy of `config` without the processes of `config.distributed`: how it is run is not what is run."""
+    config = config.copy_and_resolve_references()
+    config.distributed.update(coordinator="", num_processes=1, process_id=0)
+    return config
+
+
 def resume_changes(old: dict, config: ConfigDict) -> list[str]:
     """How `config` differs from the one a run was made with, `old`, a line each.
 

@@ -17,6 +17,7 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax import distributed, signals
+from vmapbn_flax.config import of_one_process
 from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 from vmapbn_flax.metrics import EvalMetrics
 from vmapbn_flax.programs import PARTS, Programs
@@ -28,7 +29,7 @@ _PIECE_BYTES = 2**26
 
 
 class Group:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, or sweep, seen from one of them.
 
     Attributes:
       config: of the run, the same in all of them.
@@ -149,16 +150,20 @@ class Leader:
     """Process 0 as the others see it.
 
     Attributes:
-      is_followed: whether there are others.
       exit_status: which they are to have too.
     """
 
     def __init__(self, group: Group, received: list[int]):
         self._group, self._received = group, received
-        self.is_followed = group.many
         self.exit_status = 0
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether there are other processes."""
+        return self._group.many
+
     def announce(self, call: int, *numbers: int) -> None:
+        """Says which call comes next, one of those that `Group.follow` knows, and hears of signals."""
         signums = self._group.exchange(call, *numbers)[1:, 3]
         if signums.any() and not self._received:
             self._received.append(int(signums.max()))
@@ -169,8 +174,9 @@ class Leader:
             self.announce(_CHANGE, len(members))
             self.broadcast(np.array(members, np.int32))
 
-    def broadcast(self, state: PyTree) -> PyTree:
-        return self._group.broadcast(state)
+    def broadcast(self, tree: PyTree) -> PyTree:
+        """Hands arrays to the others, who wait for ones of these shapes and types, and returns them."""
+        return self._group.broadcast(tree)
 
     def of_all(self, programs: Programs) -> Programs:
         """`programs`, called in every process."""
@@ -232,8 +238,7 @@ def joined(config: ConfigDict) -> Iterator[Group]:
       UsageError: their configs differ.
     """
     joining = config.distributed.to_dict()
-    config = config.copy_and_resolve_references()
-    config.distributed.update(coordinator="", num_processes=1, process_id=0)  # how it is run is not what is run
+    config = of_one_process(config)
     if not joining["coordinator"]:
         yield Group(config)
         return

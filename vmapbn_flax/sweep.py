@@ -37,12 +37,11 @@ def train_sweep(config: ConfigDict, workdir: Path) -> Ledger | None:
       RunError: the workdir is in use, damaged or of another sweep.
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
-    expand(config)  # finds fault with it before the processes meet
+    members = {member.name: member for member in expand(config)}
     mesh.divide_cpu(config, sweep=True)
     with processes.joined(config) as group:
         config, datasets = group.config, Datasets()
         with group.together():
-            members = {member.name: member for member in expand(config)}
             for member in members.values():
                 validate_sizes(member.config, len(datasets.of(member.config).train))
         programs_of = _ProgramsOf(list(members.values()), datasets)
@@ -62,7 +61,7 @@ def train_sweep(config: ConfigDict, workdir: Path) -> Ledger | None:
 
 
 class _ProgramsOf:
-    """The programs of some members, called with their numbers: where those of the last ones will do, the same.
+    """Called with the numbers of some members, makes their programs, or takes the last ones if those will do.
 
     Raises:
       UsageError: see `GroupPrograms`.
@@ -78,13 +77,13 @@ class _ProgramsOf:
         if self._last is not None and key == self._compiled_for:
             self._last = self._last.with_members(configs)
         else:
-            self.forget()  # before there are others
+            self.forget()
             dataset, devices = self._datasets.of(configs[0]), mesh.member_mesh(configs[0], len(configs))
             self._last, self._compiled_for = GroupPrograms(configs, dataset, devices), key
         return self._last
 
     def forget(self) -> None:
-        """Lets go of the last ones."""
+        """Lets go of the last ones, and of what they have on the devices."""
         self._last = None
 
 
@@ -127,7 +126,7 @@ def _train_groups(
                         return
                     continue
                 finally:
-                    programs = run = None  # what lies on the devices
+                    programs = run = None  # what is theirs on the devices goes before the next group's comes
             # Its members have checkpoints of their own by now.
             shutil.rmtree(directory, ignore_errors=True)
 
