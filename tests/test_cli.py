@@ -493,18 +493,29 @@ def test_help(capsys):
 
 
 def test_compiled_programs_are_kept(tmp_path):
-    """In the user's cache directory, for the next process, which then gets the same numbers."""
+    """In the user's cache directory, for the next process, which gets the same numbers; damaged ones are replaced."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    entries, metrics = [], []
-    for number in range(2):
-        argv = ["--config=configs/tiny.py", "--config.train.num_epochs=0.1", "--config.optimizer.warmup_epochs=0.0"]
+    argv = ["--config=configs/tiny.py", "--config.train.num_epochs=0.1", "--config.optimizer.warmup_epochs=0.0"]
+    directory = tmp_path / "cache" / "vmapbn_flax"
+
+    def train(number):
+        """The sizes of the entries, the metrics and the warnings after a run."""
         workdir = tmp_path / str(number)
-        subprocess.run(
-            [sys.executable, "train.py", *argv, f"--workdir={workdir}"], cwd=ROOT, env=environment, check=True
-        )
-        entries.append(sorted((tmp_path / "cache" / "vmapbn_flax").iterdir()))
-        metrics.append((workdir / "metrics.jsonl").read_bytes())
-    assert any("train_steps" in path.name for path in entries[0])
-    assert entries[0] == entries[1]
-    assert metrics[0] == metrics[1]
+        command = [sys.executable, "train.py", *argv, f"--workdir={workdir}"]
+        said = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stderr
+        warned = [line for line in said.splitlines() if "arning" in line]
+        sizes = {path.name: path.stat().st_size for path in directory.glob("*-cache")}
+        return sizes, (workdir / "metrics.jsonl").read_bytes(), warned
+
+    first = train(0)
+    assert any("train_steps" in name for name in first[0])
+    assert first[2] == []
+    assert train(1) == first
+    (torn,) = directory.glob("jit_train_steps-*-cache")
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    sizes, metrics, warned = train(2)
+    assert (sizes.keys(), metrics) == (first[0].keys(), first[1])
+    assert torn.stat().st_size > 0.9 * first[0][torn.name]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"warning: {directory}: reading the compiled program 'jit_train_steps' failed")

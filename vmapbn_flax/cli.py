@@ -5,9 +5,7 @@ What takes time to import is imported where it is used, by when `main` sees to s
 
 import argparse
 import atexit
-import contextlib
 import gc
-import os
 import signal
 import sys
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vmapbn_flax import signals
+from vmapbn_flax.cache import keep_compiled_programs
 from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     atexit.register(gc.freeze)  # or the interpreter searches JAX for garbage before it exits, which takes half a second
     try:
         with signals.fatal():
-            _keep_compiled_programs()
+            keep_compiled_programs()
             arguments, rest = _parser().parse_known_args(argv)
             return arguments.run(arguments, rest, started) or 0
     except UserError as error:
@@ -44,18 +43,6 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     except OSError as error:
         where = error.filename or "the operating system"
         return _report(f"{where}: got {error.strerror or error}; expected to read or write there", 1)
-
-
-def _keep_compiled_programs() -> None:
-    """Has JAX, once it is imported, keep compiled programs in the user's cache directory; its own settings win."""
-    if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower() in ("0", "f", "false", "n", "no", "off"):
-        return
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with contextlib.suppress(OSError, RuntimeError):  # one that cannot be written, or found, is done without
-            directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
 
 
 def _report(message: str, status: int) -> int:
