@@ -40,7 +40,6 @@ def _remove_damaged(message: Any, *arguments: Any, show: Callable = warnings.sho
     with contextlib.suppress(OSError):
         for entry in directory.glob(f"{program}-*-cache"):
             entry.unlink(missing_ok=True)
-    line = (
-        f"warning: {directory}: {action} the compiled program {program!r} failed ({' '.join(reason.split())[:200]}); "
-    )
-    print(f"{line}it is compiled again", file=sys.stderr)
+    reason = " ".join(reason.split())[:200]
+    text = f"warning: {directory}: {action} the compiled program {program!r} failed ({reason}); it is compiled again"
+    print(text, file=sys.stderr)
