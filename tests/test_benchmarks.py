@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
+
+from tests.helpers import small
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 EXAMPLES = 20 * 128 + 5  # twenty batches, and a few that no epoch needs

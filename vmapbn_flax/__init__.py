@@ -1,9 +1,13 @@
-"""Batch norm for networks written one example at a time."""
+"""Batch norm for networks written one example at a time.
+
+What people import is here; the rooms are the packages beside this file, and imports between them point one way: `cli`,
+`sweeps`, `runs`, `multihost`, `training`, `data`, `nn`, and below them the modules `config`, `files`, `signals` and
+`errors`.
+"""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmapbn_flax.batch_norm import BatchedBatchNorm, BatchNorm
-    from vmapbn_flax.models import MLP, BatchedMLP, VmapBatch
+    from vmapbn_flax.nn import MLP, BatchedBatchNorm, BatchedMLP, BatchNorm, VmapBatch
 
 __all__ = ["MLP", "BatchNorm", "BatchedBatchNorm", "BatchedMLP", "VmapBatch"]
 
@@ -11,7 +15,7 @@ __all__ = ["MLP", "BatchNorm", "BatchedBatchNorm", "BatchedMLP", "VmapBatch"]
 def __getattr__(name: str) -> object:
     # Not before: the command line, which is in this package too, handles signals before it imports JAX.
     if name in __all__:
-        from vmapbn_flax import models
+        from vmapbn_flax import nn
 
-        return getattr(models, name)
+        return getattr(nn, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

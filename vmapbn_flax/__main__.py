@@ -2,6 +2,6 @@
 
 import sys
 
-from vmapbn_flax.cli import main
+from vmapbn_flax.cli.main import main
 
 sys.exit(main(sys.argv[1:]))

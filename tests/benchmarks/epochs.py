@@ -13,7 +13,7 @@ from peers import NAMES
 
 from configs import default
 from vmapbn_flax.data import Dataset, load_dataset
-from vmapbn_flax.programs import Programs
+from vmapbn_flax.training.programs import Programs
 
 FLOOR = "matrix products alone"
 OURS = ("vmap", "batched", "none")

@@ -8,10 +8,10 @@ import numpy as np
 from epochs import as_inputs, long_config, make_epochs, make_floor
 from measure import Times, median, say, spread, table, take_turns
 
-from vmapbn_flax import mesh
 from vmapbn_flax.data import Dataset, Split, load_dataset
-from vmapbn_flax.group import GroupPrograms
-from vmapbn_flax.programs import Programs
+from vmapbn_flax.training import mesh
+from vmapbn_flax.training.members import GroupPrograms
+from vmapbn_flax.training.programs import Programs
 
 BATCHES = (32, 128, 512, 2048, 8192)
 WIDTHS = (100, 200, 400, 800, 1600)

@@ -24,10 +24,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from configs import default  # noqa: E402
-from vmapbn_flax import mesh, steps  # noqa: E402
 from vmapbn_flax.data import Dataset, load_dataset  # noqa: E402
-from vmapbn_flax.group import GroupPrograms  # noqa: E402
-from vmapbn_flax.programs import Programs  # noqa: E402
+from vmapbn_flax.training import mesh, steps  # noqa: E402
+from vmapbn_flax.training.members import GroupPrograms  # noqa: E402
+from vmapbn_flax.training.programs import Programs  # noqa: E402
 
 HOP_SECONDS = 4e-6  # from one device to another, software included
 BYTES_PER_SECOND = 25e9  # that a device sends and receives at the same time

@@ -17,9 +17,9 @@ from commands import Caches, Finished, train
 from epochs import FLOOR, long_config, make_epochs, make_floor_epoch, make_ours, make_peers
 from measure import ROOT, count, fastest, median, ratio, say, spread, table, timed
 
-from vmapbn_flax import mesh
 from vmapbn_flax.data import Dataset, load_dataset
-from vmapbn_flax.group import GroupPrograms
+from vmapbn_flax.training import mesh
+from vmapbn_flax.training.members import GroupPrograms
 
 DEVICES = (1, 2)
 

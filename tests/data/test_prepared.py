@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from prepare import DIGITS, as_examples, png, prepare
 
+from tests.helpers.prepare import DIGITS, as_examples, png, prepare
 from vmapbn_flax.data import Split, arrays, load_dataset
 from vmapbn_flax.errors import UsageError
 

@@ -3,9 +3,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from program import CONFIG, SWEEP, Program
 
-from vmapbn_flax.checkpoint import saved_steps
+from tests.helpers.program import CONFIG, SWEEP, Program
+from vmapbn_flax.runs.checkpoints import saved_steps
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def killed(program, tmp_path_factory):
         CONFIG,
         f"--workdir={place}/run",
         log=place / "log",
-        name="vmapbn_flax.checkpoint:Checkpoints.save",
+        name="vmapbn_flax.runs.checkpoints:Checkpoints.save",
         call=9,
     )
     assert saved_steps(place / "run" / "checkpoints")[-2:] == [21, 24]

@@ -5,9 +5,9 @@ import random
 import shutil
 
 import pytest
-from runs import leftovers, outcome
 
-from vmapbn_flax.checkpoint import saved_steps
+from tests.helpers.runs import leftovers, outcome
+from vmapbn_flax.runs.checkpoints import saved_steps
 
 
 @pytest.fixture

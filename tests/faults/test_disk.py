@@ -4,9 +4,9 @@ import os
 import subprocess
 
 import pytest
-from runs import outcome
 
-from vmapbn_flax.checkpoint import saved_steps
+from tests.helpers.runs import outcome
+from vmapbn_flax.runs.checkpoints import saved_steps
 
 
 @pytest.mark.parametrize("limit", [800, 4000])

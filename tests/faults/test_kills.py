@@ -13,11 +13,11 @@ import sys
 import time
 
 import pytest
-from program import ROOT, environment
-from runs import leftovers, outcome
 
-from vmapbn_flax.checkpoint import saved_steps
-from vmapbn_flax.ledger import Ledger
+from tests.helpers.program import ROOT, environment
+from tests.helpers.runs import leftovers, outcome
+from vmapbn_flax.runs.checkpoints import saved_steps
+from vmapbn_flax.sweeps.ledger import Ledger
 
 SEED = 20250711
 SLOW_KILLS, SLOW_SWEEP_KILLS = 140, 60
@@ -25,34 +25,34 @@ TOTAL = 30
 
 # In the order of a run's life.
 PHASES = {
-    "data": "vmapbn_flax.loop:load_dataset",
-    "restore": "vmapbn_flax.run:restore_latest",
-    "log": "vmapbn_flax.record:MetricWriter",
-    "config": "vmapbn_flax.run:write_json",
-    "compile": "vmapbn_flax.steps:take_batch",
-    "train": "vmapbn_flax.programs:Programs.advance",
-    "evaluate": "vmapbn_flax.programs:Programs.measure",
+    "data": "vmapbn_flax.runs.train:load_dataset",
+    "restore": "vmapbn_flax.runs.loop:restore_latest",
+    "log": "vmapbn_flax.runs.record:MetricWriter",
+    "config": "vmapbn_flax.runs.loop:write_json",
+    "compile": "vmapbn_flax.training.steps:take_batch",
+    "train": "vmapbn_flax.training.programs:Programs.advance",
+    "evaluate": "vmapbn_flax.training.programs:Programs.measure",
     "row": "vmapbn_flax.files:AppendLog.append",
-    "save": "vmapbn_flax.checkpoint:Checkpoints.save",
-    "commit": "vmapbn_flax.checkpoint:Checkpoints._write_sums",
-    "retire": "vmapbn_flax.checkpoint:shutil.rmtree",
-    "hparams": "vmapbn_flax.metrics:MetricWriter.write_hparams",
-    "picture": "vmapbn_flax.plot:write_whole",
-    "summary": "vmapbn_flax.console:table",
+    "save": "vmapbn_flax.runs.checkpoints:Checkpoints.save",
+    "commit": "vmapbn_flax.runs.checkpoints:Checkpoints._write_sums",
+    "retire": "vmapbn_flax.runs.checkpoints:shutil.rmtree",
+    "hparams": "vmapbn_flax.runs.metric_writer:MetricWriter.write_hparams",
+    "picture": "vmapbn_flax.runs.pictures:write_whole",
+    "summary": "vmapbn_flax.runs.console:table",
 }
 
 # The same of a sweep: a function, and which of its calls.
 SWEEP_PHASES = {
-    "ledger": ("vmapbn_flax.ledger:write_json", 1),
-    "config": ("vmapbn_flax.plan:write_json", 1),
-    "config of a member": ("vmapbn_flax.plan:write_json", 3),
-    "a step in the ledger": ("vmapbn_flax.ledger:write_json", 3),
-    "divergence in the ledger": ("vmapbn_flax.ledger:Ledger.mark", 2),
-    "checkpoint of a member": ("vmapbn_flax.sweep:GroupRun._saving", 1),
-    "end of a group in the ledger": ("vmapbn_flax.ledger:Ledger.mark", 2),
-    "between members of the second group": ("vmapbn_flax.record:write_json", 2),
-    "report": ("vmapbn_flax.report:report", 1),
-    "picture": ("vmapbn_flax.plot:write_whole", 1),
+    "ledger": ("vmapbn_flax.sweeps.ledger:write_json", 1),
+    "config": ("vmapbn_flax.sweeps.plan:write_json", 1),
+    "config of a member": ("vmapbn_flax.sweeps.plan:write_json", 3),
+    "a step in the ledger": ("vmapbn_flax.sweeps.ledger:write_json", 3),
+    "divergence in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
+    "checkpoint of a member": ("vmapbn_flax.sweeps.train:GroupRun._saving", 1),
+    "end of a group in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
+    "between members of the second group": ("vmapbn_flax.runs.record:write_json", 2),
+    "report": ("vmapbn_flax.sweeps.report:report", 1),
+    "picture": ("vmapbn_flax.runs.pictures:write_whole", 1),
 }
 
 

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from vmapbn_flax.checkpoint import saved_steps
+from vmapbn_flax.runs.checkpoints import saved_steps
 
-STEP = "vmapbn_flax.programs:Programs.advance"  # by when all has been read
+STEP = "vmapbn_flax.training.programs:Programs.advance"  # by when all has been read
 
 
 class Payload:

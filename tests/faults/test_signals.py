@@ -8,13 +8,13 @@ import sys
 import time
 
 import pytest
-from program import ROOT
-from runs import leftovers, outcome
 
-from vmapbn_flax.checkpoint import saved_steps
+from tests.helpers.program import ROOT
+from tests.helpers.runs import leftovers, outcome
+from vmapbn_flax.runs.checkpoints import saved_steps
 
-ADVANCE = "vmapbn_flax.programs:Programs.advance"
-EVALUATE = "vmapbn_flax.programs:Programs.measure"
+ADVANCE = "vmapbn_flax.training.programs:Programs.advance"
+EVALUATE = "vmapbn_flax.training.programs:Programs.measure"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_while_it_imports(tmp_path, command, signum):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_before_there_is_anything_to_save(run, signum):
-    run.start(name="vmapbn_flax.loop:load_dataset", seconds=60)
+    run.start(name="vmapbn_flax.runs.train:load_dataset", seconds=60)
     run.wait_for("waiting")
     run.signal(signum)
     assert run.wait() == 128 + signum
@@ -77,7 +77,7 @@ def test_before_there_is_anything_to_save(run, signum):
 
 def test_while_the_picture_is_drawn(run, undisturbed):
     """Nothing is left to stop: the run finishes."""
-    run.start(name="vmapbn_flax.plot:plot_runs", seconds=0.5)
+    run.start(name="vmapbn_flax.runs.pictures:plot_runs", seconds=0.5)
     run.wait_for("waiting")
     run.signal(signal.SIGTERM)
     assert run.wait() == 0

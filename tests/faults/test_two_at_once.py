@@ -6,12 +6,12 @@ import socket
 import subprocess
 import sys
 
-from program import ROOT
-from runs import outcome
+from tests.helpers.program import ROOT
+from tests.helpers.runs import outcome
 
 
 def test_a_second_process_is_refused(run, undisturbed):
-    run.start(name="vmapbn_flax.checkpoint:Checkpoints.save", call=3, seconds=60)
+    run.start(name="vmapbn_flax.runs.checkpoints:Checkpoints.save", call=3, seconds=60)
     run.wait_for("waiting")
     (pid,) = {int(word) for word in (run.workdir / ".lock").read_text().split() if word.isdecimal()}
     files = {path: path.stat().st_mtime_ns for path in run.workdir.rglob("*")}

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 from peers import CLASSES, HIDDEN, LEARNING_RATE, Peer, batches
 
 

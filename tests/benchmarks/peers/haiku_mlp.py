@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 from peers import BATCH, CLASSES, HIDDEN, LEARNING_RATE, Peer, batches
 
 

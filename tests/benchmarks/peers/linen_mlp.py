@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training import train_state
-
 from peers import BATCH, CLASSES, HIDDEN, LEARNING_RATE, Peer, batches
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-
 from peers import CLASSES, HIDDEN, LEARNING_RATE, Peer, batches
 
 

@@ -7,9 +7,8 @@ import itertools
 
 import numpy as np
 import torch
-from torch import nn
-
 from peers import BATCH, CLASSES, HIDDEN, LEARNING_RATE, Peer
+from torch import nn
 
 
 def make(images: np.ndarray, labels: np.ndarray) -> Peer:

@@ -1,0 +1,18 @@
+"""A sweep of four such runs as fault_config.py describes, in two groups; one of the members diverges.
+
+For the data set of tests/helpers/small.py, of whose training examples 5 batches remain to an epoch.
+"""
+
+from tests.helpers import fault_config as one
+
+
+def get_config():
+    config = one.get_config()
+    config.data.validation_size = 20
+    config.train.num_epochs = 2.0
+    config.train.eval_every = 0.8
+    config.train.max_skipped_steps = 3
+    config.sweep_options.mode = "zip"
+    config.sweep.model.hidden = ((6, 5), (6, 5), (4,), (4,))
+    config.sweep.optimizer.learning_rate = (0.03, 1e38, 0.01, 0.03)
+    return config

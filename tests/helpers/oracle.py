@@ -1,0 +1,73 @@
+"""What the layers are measured against: batch norm in float64, forward and backward in closed form."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm, as_axes
+
+
+class Result(NamedTuple):
+    y: Any
+    mean: Any  # of the batch
+    var: Any
+    dx: Any  # gradients of sum(cotangent * y)
+    dscale: Any
+    dbias: Any
+
+
+def batch_norm(x, cotangent=0.0, *, scale=1.0, bias=0.0, weights=None, epsilon=1e-5) -> Result:
+    """Over all axes of `x` but the last; `weights` has the leading axes of `x`, any number of them."""
+    x = np.asarray(x, np.float64)
+    w = np.ones(x.shape[:-1]) if weights is None else np.asarray(weights, np.float64)
+    w = np.broadcast_to(w.reshape(w.shape + (1,) * (x.ndim - w.ndim)), (*x.shape[:-1], 1))
+    present, positions, n = w > 0, tuple(range(x.ndim - 1)), w.sum()
+    x, g = np.where(present, x, 0), np.where(present, cotangent, 0).astype(np.float64)
+
+    mean = (w * x).sum(positions) / n
+    var = (w * (x - mean) ** 2).sum(positions) / n
+    inverse = 1 / np.sqrt(var + epsilon)
+    normalised = np.where(present, (x - mean) * inverse, 0)
+    dscale, dbias = (g * normalised).sum(positions), g.sum(positions)
+    dx = scale * inverse * (g - w / n * (dbias + normalised * dscale))
+    return Result(scale * normalised + bias, mean, var, dx, dscale, dbias)
+
+
+@partial(jax.jit, static_argnums=0)
+def train(layer: BatchNorm, variables, x, mask=None):
+    """Output and new statistics of either layer on a batch: `BatchNorm` under `jax.vmap`."""
+
+    def forward(x, mask):
+        y, updates = layer.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+    if not isinstance(layer, BatchedBatchNorm):
+        for name in as_axes(layer.axis_name) + as_axes(layer.replica_axis_name):  # the last is outermost
+            forward = jax.vmap(forward, out_axes=(0, None), axis_name=name)
+    return forward(x, mask)
+
+
+@partial(jax.jit, static_argnums=0)
+def measure(layer: BatchNorm, params, x, cotangent, mask=None) -> Result:
+    """The same figures from a layer, its batch statistics as a step of momentum 0 leaves them."""
+    layer = layer.clone(momentum=0.0)
+    features = jnp.zeros(x.shape[-1], jnp.promote_types(layer.param_dtype, jnp.float32))
+    stats = {"mean": features, "var": features}
+
+    def loss(x, params):
+        y, updates = train(layer, {"params": params, "batch_stats": stats}, x, mask)
+        return jnp.sum(cotangent * y), (y, updates)
+
+    (dx, dparams), (y, updates) = jax.grad(loss, (0, 1), has_aux=True)(x, params)
+    return Result(y, updates["mean"], updates["var"], dx, dparams["scale"], dparams["bias"])
+
+
+def error(got, expected, *, relative: bool = False, where=True) -> float:
+    """Largest difference, absolute or in units of the largest expected entry."""
+    expected = np.asarray(expected, np.float64)
+    difference = np.abs(np.asarray(got, np.float64) - expected)
+    largest = np.max(np.abs(expected)) if relative else 1.0
+    return float(np.max(difference, where=where, initial=0.0) / largest)

@@ -1,0 +1,66 @@
+"""Whole runs to test with: commands in this process, and what a finished run leaves behind."""
+
+import functools
+import io
+import json
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from tests.helpers import small
+from vmapbn_flax.cli.main import main
+from vmapbn_flax.runs.checkpoints import restore, saved_steps
+from vmapbn_flax.sweeps.report import report
+from vmapbn_flax.training.programs import Programs
+
+CONFIG = f"--config={Path(__file__).parent}/fault_config.py"
+
+
+def command(capsys, *argv):
+    """The exit status of a command line, and the lines it writes to standard error."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in argv])
+    return status, capsys.readouterr().err.splitlines()
+
+
+def outcome(workdir):
+    """All that a run, or a sweep, ends with and that has to be the same however it was disturbed."""
+    files = {name: contents(workdir / name) for name in ("config.json", "metrics.jsonl", "accuracy.png", "sweep.png")}
+    if (workdir / "sweep.json").exists():
+        members = json.loads((workdir / "sweep.json").read_text())["members"]
+        printed = io.StringIO()
+        report(workdir, file=printed)
+        return files | {
+            "ledger": contents(workdir / "sweep.json"),
+            "report": printed.getvalue().replace(str(workdir), ""),
+            "members": {name: outcome(workdir / name) for name in members},
+        }
+    if not (workdir / "summary.json").exists():  # a member of a sweep that has diverged
+        return files | {"states": {step: state_bytes(workdir, step) for step in saved_steps(workdir / "checkpoints")}}
+    summary = json.loads((workdir / "summary.json").read_text())
+    del summary["seconds"]
+    states = {step: state_bytes(workdir, step) for step in (summary["step"], summary["best_step"])}
+    return files | {"summary": summary, "states": states}
+
+
+def contents(path):
+    return path.read_bytes() if path.exists() else None
+
+
+def state_bytes(workdir, step):
+    """The arrays of a checkpoint by name: type, shape and bytes."""
+    state = restore(workdir / "checkpoints", step, _template((workdir / "config.json").read_text()))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): (leaf.dtype.name, leaf.shape, leaf.tobytes()) for path, leaf in leaves}
+
+
+def leftovers(workdir):
+    """Files that only something unfinished leaves behind."""
+    return [str(path) for path in workdir.rglob("*") if "tmp" in path.name]
+
+
+@functools.cache
+def _template(saved_config):
+    config = ConfigDict(json.loads(saved_config))
+    return Programs(config, small.load(config.data.name, config.data.dir, config.data.validation_size)).template()

@@ -1,0 +1,128 @@
+"""Small runs to test with: a synthetic data set, narrow networks, and trees compared bit for bit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import tiny
+from vmapbn_flax.data import Dataset, Split, load_dataset
+from vmapbn_flax.training.programs import Programs
+from vmapbn_flax.training.state import create_state, make_hyperparameters
+from vmapbn_flax.training.steps import Batch, make_train_step
+
+CLASSES, FEATURES, BATCH = 4, 12, 16
+STEPS_PER_EPOCH = 6
+
+
+def config(**changes):
+    """`configs/tiny.py`, narrower still, with `changes` of fields named like `model__norm`."""
+    config = tiny.get_config()
+    fields = {"model__hidden": (6,), "train__batch_size": BATCH, "train__num_epochs": 4.0} | changes
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config.lock()
+
+
+def split(size, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, size).astype(np.int32)
+    images = rng.integers(0, 256, (size, 3, 4)).astype(np.uint8)
+    images[np.arange(size), 0, labels] |= 128  # so that there is something to learn
+    return Split(images, labels)
+
+
+@functools.cache
+def dataset(validation_size=0):
+    train, first = split(100, seed=1), 100 - validation_size
+    validation = train[first:] if validation_size else None
+    return Dataset("small", CLASSES, train[:first], split(37, seed=2), validation)
+
+
+def load(name, data_dir, validation_size, memory_limit=2.0):
+    """`load_dataset` to which "small" is one, too."""
+    if name != "small":
+        return load_dataset(name, data_dir, validation_size)
+    found = dataset(validation_size)
+    return dataclasses.replace(found, streamed=found.nbytes > memory_limit * 1e9)
+
+
+@functools.cache
+def mnist():
+    return load_dataset("mnist")
+
+
+@functools.cache
+def programs(**changes):
+    """The programs of `config(**changes)` on `dataset()`, compiled once for all tests."""
+    return Programs(config(**changes), dataset())
+
+
+def hyper(config, **changes):
+    return make_hyperparameters(config, STEPS_PER_EPOCH).replace(**{k: np.float32(v) for k, v in changes.items()})
+
+
+def start():
+    """The state that every small run with batch norm starts in, one step on: past the rate of zero."""
+    state = programs().create()
+    return state.replace(step=state.step + 1)
+
+
+@functools.cache
+def train_step(**changes):
+    """The compiled step of `config(**changes)`; most of the time of these tests is compiling."""
+    return jax.jit(make_train_step(config(**changes), CLASSES))
+
+
+@functools.cache
+def members():
+    """Three members' config, hyperparameters, first states, and the step that takes them all over one batch."""
+    # Not Adam: it makes a step of whatever rounding leaves of a gradient that is zero, such as that of a bias
+    # in front of a norm.
+    shared = config(optimizer__name="sgd")
+    hypers = [
+        hyper(shared, learning_rate=rate).replace(seed=np.uint32(seed)) for seed, rate in ((0, 0.1), (1, 0.1), (0, 1.0))
+    ]
+    start = jax.jit(jax.vmap(functools.partial(create_state, shared, CLASSES, FEATURES)))(stack(hypers))
+    step = jax.jit(jax.vmap(make_train_step(shared, CLASSES), in_axes=(0, 0, None)))
+    return shared, hypers, start, step
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def member(i, tree):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def batch(size=BATCH, seed=0, mask=None):
+    examples = split(size, seed)
+    images, labels = jnp.array(examples.images.reshape(size, -1)), jnp.array(examples.labels)
+    return Batch(images, labels, None if mask is None else jnp.array(mask))
+
+
+def pad(batch, size):
+    """`batch` with examples of nonsense, masked, up to `size`."""
+    missing = size - len(batch.labels)
+    mask = jnp.arange(size) < len(batch.labels)
+    images = jnp.concatenate([batch.images, jnp.full((missing, FEATURES), 255, jnp.uint8)])
+    return Batch(images, jnp.concatenate([batch.labels, jnp.full(missing, 3, jnp.int32)]), mask)
+
+
+def assert_same_bits(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(_bits(a), _bits(b)), got, expected)
+
+
+def _bits(array):
+    array = np.asarray(array)
+    return array.view(f"u{array.itemsize}")
+
+
+def assert_close(got, expected, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, expected)
+
+
+def mean(trees):
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)

@@ -1,0 +1,3 @@
+from tests.faults.conftest import program
+
+__all__ = ["program"]

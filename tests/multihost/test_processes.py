@@ -1,0 +1,285 @@
+"""One run, or sweep, in several processes, over loopback: the numbers of one process, and an end for all of them."""
+
+import contextlib
+import json
+import shutil
+import signal
+import socket
+
+import numpy as np
+import pytest
+
+from tests.helpers.program import CONFIG, SWEEP, Program
+from tests.helpers.runs import leftovers, outcome, state_bytes
+from vmapbn_flax.runs.checkpoints import saved_steps
+
+ADVANCE = "vmapbn_flax.training.programs:Programs.advance"
+LOST = "error: lost another process of this run"
+# 54 steps and as many rows. Not Adam: it makes a step of whatever rounding leaves of a gradient that is zero.
+FLAGS = (
+    CONFIG,
+    "--config.optimizer.name=sgd",
+    "--config.train.num_epochs=9.0",
+    "--config.train.log_every=1",
+    "--config.train.eval_every=1.0",
+)
+SWEEP_FLAGS = (SWEEP, "--config.optimizer.name=sgd", "--config.mesh.cpu_devices=1")
+SECONDS = 120  # a limit for what takes ten or less on a machine that is not this busy
+
+
+@pytest.fixture(scope="session")
+def servers(program):
+    """One for each process of a group; started when first needed."""
+    with contextlib.ExitStack() as stack:
+        started = [program]
+
+        def first(count):
+            while len(started) < count:
+                started.append(Program())
+                stack.callback(started[-1].close)
+            return started[:count]
+
+        yield first
+
+
+class Processes:
+    """A run, or with other `flags` a sweep, in `count` processes: its workdir, and the output of each."""
+
+    def __init__(self, servers, place, count, flags=FLAGS):
+        self.servers, self.workdir, self.flags = servers(count), place / "run", flags
+        self.logs = [place / f"log{i}" for i in range(count)]
+
+    def start(self, *flags, faults=None, own_flags=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for i, (server, log) in enumerate(zip(self.servers, self.logs, strict=True)):
+            log.write_text("")
+            address = {"coordinator": f"127.0.0.1:{port}", "num_processes": len(self.servers), "process_id": i}
+            distributed = [f"--config.distributed.{name}={value}" for name, value in address.items()]
+            argv = (*self.flags, *flags, *(own_flags or {}).get(i, ()), f"--workdir={self.workdir}", *distributed)
+            server.start("train", *argv, log=log, **(faults or {}).get(i, {}))
+
+    def wait(self):
+        """The exit statuses; None for a process that does not end."""
+        statuses = [server.wait(SECONDS) for server in self.servers]
+        for server, status in zip(self.servers, statuses, strict=True):
+            if status is None:
+                server.signal(signal.SIGKILL)
+                server.wait()
+        return statuses
+
+    def run(self, *flags, faults=None, own_flags=None):
+        self.start(*flags, faults=faults, own_flags=own_flags)
+        return self.wait()
+
+    def lines(self, i):
+        """What process `i` says, without Gloo's greeting."""
+        return [line for line in self.logs[i].read_text().splitlines() if not line.startswith("[Gloo]")]
+
+    def wait_for(self, i, text):
+        while text not in self.logs[i].read_text():
+            assert self.servers[i].wait(0.01) is None, self.lines(i)
+
+
+@pytest.fixture
+def two(servers, tmp_path):
+    return Processes(servers, tmp_path, 2)
+
+
+@pytest.fixture(scope="session")
+def alone(program, tmp_path_factory):
+    """The workdir of the run in one process."""
+    place = tmp_path_factory.mktemp("alone")
+    status = program.run("train", *FLAGS, f"--workdir={place}/run", log=place / "log")
+    assert status == 0, (place / "log").read_text()
+    return place / "run"
+
+
+@pytest.fixture(scope="session")
+def together(servers, tmp_path_factory):
+    """The run in two processes that nothing happened to."""
+    processes = Processes(servers, tmp_path_factory.mktemp("together"), 2)
+    assert processes.run() == [0, 0], (processes.lines(0), processes.lines(1))
+    return processes
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(workdir, other):
+    """The losses and evaluations, and the parameters and statistics at the end: to 1e-5."""
+    assert len(rows(workdir)) == len(rows(other)) == 54 + 9
+    for got, expected in zip(rows(workdir), rows(other), strict=True):
+        assert got.keys() == expected.keys()
+        np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+    states = [state_bytes(place, 54) for place in (workdir, other)]
+    for name in states[1]:
+        if name.startswith((".params", ".batch_stats")):
+            got, expected = (np.frombuffer(state[name][2], state[name][0]) for state in states)
+            assert np.abs(got - expected).max() <= 1e-5 * max(np.abs(expected).max(), 0.1), name
+
+
+def test_same_numbers_as_one_process(together, alone):
+    assert_same_run(together.workdir, alone)
+    assert rows(together.workdir)[-1]["test_count"] == 37
+    assert "on 2 x cpu, batches split over 2 and the data set on each" in together.lines(0)[0]
+    assert together.lines(1) == []
+    assert outcome(together.workdir)["config.json"] == outcome(alone)["config.json"]
+
+
+def test_streamed_data(two, alone):
+    """Each process reads its share; a signal stops them in the midst of it, and both go on."""
+    streamed = "--config.data.memory_limit=1e-9"
+    two.start(streamed, faults={1: {"name": ADVANCE, "call": 20, "seconds": 0.5}})
+    two.wait_for(1, "waiting")
+    two.servers[1].signal(signal.SIGTERM)
+    assert two.wait() == [128 + signal.SIGTERM] * 2
+    assert two.run(streamed) == [0, 0], two.lines(0)
+    assert "streamed), on 2 x cpu, batches split over 2 and a share of the data set on each" in two.lines(0)[0]
+    assert_same_run(two.workdir, alone)
+
+
+def test_a_process_dies(two, together):
+    """A follower, then the leader, each in a call of its own: the other ends, and both together go on."""
+    for victim, call in ((1, 20), (0, 25)):
+        statuses = two.run(faults={victim: {"name": ADVANCE, "call": call}})
+        assert statuses[victim] == -signal.SIGKILL
+        assert statuses[1 - victim] == 1, two.lines(1 - victim)
+        assert sum(line.startswith("error: ") for line in two.lines(1 - victim)) == 1
+        assert any(line.startswith(LOST) for line in two.lines(1 - victim))
+    assert saved_steps(two.workdir / "checkpoints")
+    shutil.copytree(two.workdir, two.workdir.with_name("copy"))
+    assert two.run() == [0, 0], two.lines(0)
+    assert "resuming at step" in two.lines(0)[0]
+    assert outcome(two.workdir) == outcome(together.workdir)
+    assert leftovers(two.workdir) == []
+
+
+def test_the_leader_dies_while_a_follower_is_elsewhere(two):
+    """No broken connection of its own tells it; jax aborts it, and it says the same and exits the same."""
+    two.start(faults={0: {"name": ADVANCE, "call": 5}, 1: {"name": ADVANCE, "call": 5, "seconds": 60}})
+    assert two.wait() == [-signal.SIGKILL, 1]
+    assert any(line.startswith(LOST) for line in two.lines(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_falls_silent(two, silent):
+    """Its connections stay; the other does without it after six seconds."""
+    two.start(faults={silent: {"name": ADVANCE, "call": 5, "seconds": 2}})
+    two.wait_for(silent, "waiting")
+    two.servers[silent].signal(signal.SIGSTOP)
+    assert two.servers[1 - silent].wait(SECONDS) == 1
+    assert any(line.startswith(LOST) for line in two.lines(1 - silent))
+    two.servers[silent].signal(signal.SIGKILL)
+    assert two.servers[silent].wait() == -signal.SIGKILL
+
+
+def test_continued_in_one_process(two, program, alone, tmp_path):
+    assert two.run(faults={1: {"name": ADVANCE, "call": 30}}) == [1, -signal.SIGKILL]
+    (step, *_) = reversed(saved_steps(two.workdir / "checkpoints"))
+    status = program.run("train", *FLAGS, f"--workdir={two.workdir}", log=tmp_path / "log")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert status == 0, lines
+    assert f"resuming at step {step} of 54" in lines[0]
+    assert_same_run(two.workdir, alone)
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(two, together):
+    for target in (0, 1):
+        two.start(faults={target: {"name": ADVANCE, "call": 10, "seconds": 1.0}})
+        two.wait_for(target, "waiting")
+        two.servers[target].signal(signal.SIGTERM)
+        assert two.wait() == [128 + signal.SIGTERM] * 2
+        step = saved_steps(two.workdir / "checkpoints")[-1]
+        assert two.lines(0)[-1] == f"note: stopped at step {step}, which is saved; the same command resumes"
+        assert [line for line in two.lines(1) if line != "waiting"] == []
+    assert two.run() == [0, 0], two.lines(0)
+    assert outcome(two.workdir) == outcome(together.workdir)
+
+
+def test_errors_end_all_with_their_status(two, together):
+    """Of all of them, of their being different, of the one that has the workdir; a finished run is finished for all."""
+    assert two.run("--config.train.batch_size=101") == [2, 2]
+    assert two.run(own_flags={1: ("--config.seed=1",)}) == [2, 2]
+    assert "configs that differ between processes" in two.lines(0)[-1]
+    shutil.copytree(together.workdir, two.workdir, dirs_exist_ok=True)
+    assert two.run("--config.model.hidden=(7,)") == [1, 1]
+    assert two.lines(0)[-1].startswith("error: got a config that differs")
+    assert two.lines(1) == []
+    assert two.run() == [0, 0]
+    assert "finished at step 54" in two.lines(0)[-1]
+
+
+def test_processes_that_cannot_meet(program, tmp_path):
+    """The port is taken; srun is not there."""
+    log = tmp_path / "log"
+    with socket.create_server(("", 0)) as taken:
+        for coordinator, status in ((f"localhost:{taken.getsockname()[1]}", 1), ("slurm", 2)):
+            flags = (f"--config.distributed.coordinator={coordinator}", f"--workdir={tmp_path}/run")
+            assert program.run("train", *FLAGS, *flags, log=log) == status
+            assert log.read_text().splitlines()[-1].startswith("error: config.distributed")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_four_processes_with_two_devices_each(servers, tmp_path, alone):
+    """Killed once, continued by two, and by four again."""
+    four = Processes(servers, tmp_path, 4)
+    flags = ("--config.mesh.data=8",)
+    statuses = four.run(*flags, faults={2: {"name": ADVANCE, "call": 20}})
+    assert statuses == [1, 1, -signal.SIGKILL, 1], [four.lines(i) for i in range(4)]
+    two = Processes(servers, tmp_path, 2)
+    assert two.run(faults={1: {"name": ADVANCE, "call": 20}}) == [1, -signal.SIGKILL]
+    assert four.run(*flags) == [0] * 4, four.lines(0)
+    assert_same_run(four.workdir, alone)
+
+
+@pytest.fixture
+def two_sweeping(servers, tmp_path):
+    return Processes(servers, tmp_path, 2, SWEEP_FLAGS)
+
+
+def ledger(workdir):
+    return json.loads((workdir / "sweep.json").read_text())
+
+
+def test_a_sweep(two_sweeping, program, tmp_path):
+    """Its members lie over both processes; one dies, one process continues, and then two, until a signal and again."""
+    two, log = two_sweeping, tmp_path / "log"
+    group = ("--config.sweep.model.hidden=((6,5),(6,5))", "--config.sweep.optimizer.learning_rate=(0.03,1e38)")
+    alone = ("train", *SWEEP_FLAGS, *group)
+    assert program.run(*alone, f"--workdir={tmp_path}/alone", log=log) == 0, log.read_text()
+    assert two.run(*group, faults={1: {"name": ADVANCE, "call": 4}}) == [1, -signal.SIGKILL]
+    assert any(line.startswith(LOST) for line in two.lines(0))
+    assert "running" in {entry["status"] for entry in ledger(two.workdir)["members"].values()}
+    status = program.run(*alone, f"--workdir={two.workdir}", log=log, name=ADVANCE, call=2)
+    assert status == -signal.SIGKILL, log.read_text()
+    two.start(*group, faults={1: {"name": ADVANCE, "call": 2, "seconds": 1.0}})
+    two.wait_for(1, "waiting")
+    two.servers[1].signal(signal.SIGTERM)
+    assert two.wait() == [128 + signal.SIGTERM] * 2
+    assert two.run(*group) == [0, 0], two.lines(0)
+    assert "2 members in 1 group, a program each, on 2 x cpu" in two.lines(0)[0]
+    assert two.lines(1) == []
+
+    assert ledger(two.workdir) == ledger(tmp_path / "alone")
+    assert [entry["status"] for entry in ledger(two.workdir)["members"].values()] == ["done", "diverged"]
+    assert leftovers(two.workdir) == []
+    for name in ledger(two.workdir)["members"]:
+        for got, expected in zip(rows(two.workdir / name), rows(tmp_path / "alone" / name), strict=True):
+            assert got.keys() == expected.keys()
+            np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_a_group_that_fails(two_sweeping):
+    """Something else is in the place of its checkpoints; the others, of one member each, are trained."""
+    two = two_sweeping
+    (two.workdir / "groups").mkdir(parents=True)
+    (two.workdir / "groups" / "0").write_text("")
+    assert two.run("--config.sweep_options.chunk=1") == [1, 1]
+    statuses = [entry["status"] for entry in ledger(two.workdir)["members"].values()]
+    assert statuses == ["failed", "diverged", "done", "done"]
+    assert two.lines(1) == []

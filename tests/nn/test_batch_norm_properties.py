@@ -1,0 +1,135 @@
+"""The layers against the float64 oracle, for whatever shapes, data, masks and nestings hypothesis finds.
+
+Shapes, dtypes and nestings come from short lists, since each combination is a compilation; what fills them
+is drawn freely.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import oracle
+from tests.helpers.oracle import measure, train
+from vmapbn_flax import BatchedBatchNorm, BatchNorm
+
+SHAPES = [(12, 2), (9, 4, 1), (5, 3, 2, 3)]  # (batch, *spatial, features)
+both = st.sampled_from([BatchNorm, BatchedBatchNorm])
+offsets = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, 1.0, -1e3, 1e6]))
+scales = st.floats(1e-3, 1e3)
+
+
+@st.composite
+def data(draw, shape, dtype=np.float32):
+    """x, parameters and a cotangent: each feature with an offset and a spread of its own."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    features = shape[-1:]
+    offset = np.array([draw(offsets) for _ in range(*features)])
+    x = (draw(scales) * rng.normal(size=shape) + offset).astype(dtype)
+    params = {"scale": rng.normal(size=features), "bias": rng.normal(size=features)}
+    return x, {k: v.astype(np.float32) for k, v in params.items()}, rng.normal(size=shape).astype(np.float32)
+
+
+@st.composite
+def masks(draw, shape):
+    """Weights of examples or of positions, two of them at least present."""
+    values = draw(st.sampled_from([[0.0, 1.0], [0.0, 0.25, 1.0, 3.0]]))
+    size = int(np.prod(shape))
+    weights = draw(st.lists(st.sampled_from(values), min_size=size, max_size=size).filter(lambda w: np.sum(w) >= 2))
+    mask = np.array(weights, np.float32).reshape(shape)
+    return mask.astype(bool) if values == [0.0, 1.0] else mask
+
+
+def resolution(largest):
+    """The spacing of float32 there: the first mean is no better, and a spread below it is rounding."""
+    return np.spacing(np.float32(largest)) + 1e-6
+
+
+def check(got, want, x, params, cotangent, present=True, tolerance=1e-6):
+    """Each figure to `tolerance` of its natural size: of the terms it sums, where those may cancel."""
+    largest = np.max(np.abs(x), where=present, initial=0)
+    deviation = np.sqrt(np.min(want.var) + 1e-5)
+    # var is known to tolerance * resolution^2, whose share of var + epsilon is felt downstream: by a feature
+    # that is constant but for rounding, far from zero, and by no other.
+    inverse = 1 + (resolution(largest) / deviation) ** 2
+    size = {
+        "y": (1 + np.max(np.abs(want.y))) * inverse,
+        "mean": largest + 1e-3,
+        "var": np.max(want.var) + resolution(largest) ** 2,
+        "dx": np.max(np.abs(params["scale"])) / deviation * np.max(np.abs(cotangent)) * inverse,
+        "dscale": np.sum(np.abs(cotangent)) * inverse,
+        "dbias": np.sum(np.abs(cotangent)),
+    }
+    for name, unit in size.items():
+        where = present if name in ("y", "dx") else True
+        assert oracle.error(getattr(got, name), getattr(want, name), where=where) < tolerance * unit, name
+    assert np.all(np.asarray(got.var) >= 0)
+    assert all(np.all(np.isfinite(figure)) for figure in got)
+
+
+@settings(max_examples=150)
+@given(st.data(), both, st.sampled_from(SHAPES))
+def test_shapes_and_offsets(draw, Layer, shape):
+    x, params, cotangent = draw.draw(data(shape))
+    got = measure(Layer(), params, x, cotangent)
+    check(got, oracle.batch_norm(x, cotangent, **params), x, params, cotangent)
+
+
+@settings(max_examples=60)
+@given(st.data(), both, st.booleans())
+def test_masks(draw, Layer, per_position):
+    shape = SHAPES[2]
+    x, params, cotangent = draw.draw(data(shape))
+    mask = draw.draw(masks(shape[:-1] if per_position else shape[:1]))
+    present = np.broadcast_to((mask > 0).reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), shape)
+    junk = draw.draw(st.sampled_from([np.nan, np.inf, -np.inf, 3e38, 0.0]))
+    x, cotangent = np.where(present, x, np.float32(junk)), np.where(present, cotangent, np.float32(0))
+    got = measure(Layer(), params, x, cotangent, jnp.asarray(mask))
+    check(got, oracle.batch_norm(x, cotangent, **params, weights=mask), x, params, cotangent, present)
+    assert np.all(np.asarray(got.dx)[~present] == 0)
+
+
+@settings(max_examples=60)
+@given(st.data(), st.sampled_from([jnp.bfloat16, jnp.float16]), st.sampled_from(SHAPES[1:]))
+def test_narrow_dtypes(draw, dtype, shape):
+    """Exact statistics of what was rounded on the way in, one rounding on the way out."""
+    x, params, _ = draw.draw(data(shape))
+    x = np.asarray(np.clip(x, -6e4, 6e4), dtype)
+    got = measure(BatchNorm(dtype=dtype), params, x, np.ones(shape, np.float32))
+    want = oracle.batch_norm(x, **params)
+    assert got.y.dtype == dtype
+    assert got.mean.dtype == got.var.dtype == jnp.float32
+    rounding = float(jnp.finfo(dtype).eps) / 2 * np.abs(want.y) + float(jnp.finfo(dtype).smallest_subnormal)
+    assert np.all(np.abs(np.asarray(got.y, np.float64) - want.y) <= rounding + 1e-6 * (1 + np.max(np.abs(want.y))))
+    assert oracle.error(got.mean, want.mean) < 1e-6 * (1 + np.max(np.abs(np.asarray(x, np.float64))))
+    assert oracle.error(got.var, want.var) < 1e-6 * (1e-6 + np.max(want.var))
+
+
+@settings(max_examples=60)
+@given(st.data(), st.sampled_from([((), ("a", "b")), ("a", "b"), ("b", "a"), (("a", "b"), "c")]), st.booleans())
+def test_nestings(draw, axes, masked):
+    """Leading axes split between `axis_name` and `replica_axis_name`: every replica is a batch of its own."""
+    replicas, names = axes
+    layer = BatchNorm(axis_name=names, replica_axis_name=replicas, momentum=0.0)
+    groups, batch = {((), ("a", "b")): (1, (3, 4)), (("a", "b"), "c"): (6, (4,))}.get(axes, (3, (4,)))
+    leading = ({1: (), 3: (3,), 6: (2, 3)}[groups]) + batch
+    x, params, _ = draw.draw(data((*leading, 2)))
+    mask = draw.draw(masks(leading)) if masked else None
+    variables = {"params": params, "batch_stats": {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}}
+    y, stats = train(layer, variables, x, None if mask is None else jnp.asarray(mask))
+
+    flat = x.reshape(groups, -1, 2)
+    weights = np.ones(flat.shape[:2]) if mask is None else mask.reshape(groups, -1)
+    y = np.asarray(y).reshape(flat.shape)
+    wanted = [
+        (y[i], weights[i], oracle.batch_norm(flat[i], **params, weights=weights[i]))
+        for i in range(groups)
+        if weights[i].any()
+    ]
+    for got, w, want in wanted:
+        assert oracle.error(got, want.y, where=w[:, None] > 0) < 1e-6 * (1 + np.max(np.abs(want.y)))
+    largest = np.max(np.abs(x))
+    spread = max(np.max(want.var) for _, _, want in wanted)
+    for name, unit in (("mean", largest + 1e-3), ("var", spread + resolution(largest) ** 2)):
+        average = np.mean([getattr(want, name) for _, _, want in wanted], 0)
+        assert oracle.error(stats[name], average) < 1e-6 * unit, name

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+
+from tests.sweeps import test_sweep
+from vmapbn_flax.cli.main import main as cli
+from vmapbn_flax.errors import RunError
+from vmapbn_flax.sweeps.ledger import Ledger
+from vmapbn_flax.sweeps.report import report
+from vmapbn_flax.sweeps.results import SELECTION, read_settings
+
+RATES, SEEDS = (1e-3, 1e-2, 1e-1), (0, 1)
+
+
+def write_sweep(workdir, accuracies, swept=None, statuses=None):
+    """A sweep as training leaves it, of which each member's last evaluation is given: (validation, test)."""
+    config = test_sweep.sweep_config(swept or {"optimizer__learning_rate": RATES, "seed": SEEDS})
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    ledger = Ledger(workdir)
+    ledger.add([list(accuracies)])
+    for name, (validation, test) in accuracies.items():
+        (workdir / name).mkdir()
+        lines = [{"step": step, SELECTION: validation * step / 20, "test_accuracy": test} for step in (10, 20)]
+        (workdir / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ledger.mark([name], (statuses or {}).get(name, "done"), 20)
+    return workdir
+
+
+def by_hand(**changes):
+    """Settings whose mean validation accuracies are 0.9, 0.8 and 0.7; test accuracy would rank them otherwise."""
+    table = {
+        "learning_rate=0.001,seed=0": (0.75, 0.99),
+        "learning_rate=0.001,seed=1": (0.65, 0.99),
+        "learning_rate=0.01,seed=0": (0.88, 0.60),
+        "learning_rate=0.01,seed=1": (0.92, 0.70),
+        "learning_rate=0.1,seed=0": (0.64, 0.90),
+        "learning_rate=0.1,seed=1": (0.96, 0.90),
+    }
+    return table | changes
+
+
+def labels(workdir):
+    return [setting.label for setting in read_settings(workdir)]
+
+
+def test_ranked_by_mean_validation_accuracy(tmp_path, capsys):
+    workdir = write_sweep(tmp_path / "sweep", by_hand())
+    assert labels(workdir) == ["learning_rate=0.01", "learning_rate=0.1", "learning_rate=0.001"]
+    best = report(workdir)
+    # The best of the best setting, not the luckiest member of all.
+    assert best.name == "learning_rate=0.01,seed=1"
+    lines = capsys.readouterr().err.splitlines()
+    first, second, third = (
+        next(line for line in lines if f"learning_rate={rate} " in line) for rate in (0.01, 0.1, 0.001)
+    )
+    assert "2 of 2" in first
+    assert "90.00 ± 2.83 %" in first  # of 88 and 92: sqrt(8)
+    assert "65.00 ± 7.07 %" in first  # of 60 and 70, on the test set
+    assert "80.00 ± 22.63 %" in second
+    assert "70.00 ± 7.07 %" in third
+    assert lines[-1] == f"python train.py --config=configs/saved.py:{workdir}/learning_rate=0.01,seed=1"
+    assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_test_accuracy_has_no_say(tmp_path):
+    workdir = write_sweep(tmp_path / "sweep", by_hand())
+    other = write_sweep(tmp_path / "other", {name: (figure, 1 - test) for name, (figure, test) in by_hand().items()})
+    assert labels(other) == labels(workdir)
+    assert report(other).name == report(workdir).name
+
+
+def test_settings_with_members_that_are_not_done_come_last(tmp_path, capsys):
+    statuses = {"learning_rate=0.01,seed=1": "diverged", "learning_rate=0.001,seed=0": "running"}
+    workdir = write_sweep(tmp_path / "sweep", by_hand(), statuses=statuses)
+    assert labels(workdir) == ["learning_rate=0.1", "learning_rate=0.01", "learning_rate=0.001"]
+    assert report(workdir).name == "learning_rate=0.1,seed=1"
+    printed = capsys.readouterr().err
+    assert "1 diverged at step 20" in printed
+    assert "1 running" in printed
+    assert "88.00 %" in printed  # of one seed, without a deviation
+
+
+def test_nothing_is_done(tmp_path, capsys):
+    workdir = write_sweep(tmp_path / "sweep", by_hand(), statuses=dict.fromkeys(by_hand(), "pending"))
+    assert report(workdir) is None
+    assert "python train.py" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [
+        {"seed": (0, 1, 2)},
+        {"model__hidden": ((4,), (8, 8)), "model__norm": ("vmap", "none")},
+        {"train__label_smoothing": (0.0, 0.1), "optimizer__learning_rate": tuple(0.01 * i for i in range(1, 8))},
+    ],
+)
+def test_every_kind_of_sweep_has_a_picture(swept, tmp_path):
+    from vmapbn_flax.sweeps.expand import expand
+
+    members = expand(test_sweep.sweep_config(swept))
+    found = {member.name: (0.5 + 0.01 * i, 0.5) for i, member in enumerate(members)}
+    report(write_sweep(tmp_path / "sweep", found, swept))
+    assert (tmp_path / "sweep" / "sweep.png").exists()
+
+
+def test_what_a_member_did_alone_does_not_count(tmp_path):
+    workdir = write_sweep(tmp_path / "sweep", by_hand())
+    with (workdir / "learning_rate=0.001,seed=0" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 40, SELECTION: 1.0, "test_accuracy": 1.0}) + "\n")
+    assert labels(workdir)[-1] == "learning_rate=0.001"
+
+
+def test_command(tmp_path, capsys):
+    workdir = write_sweep(tmp_path / "sweep", by_hand())
+    assert cli.main(["report", str(workdir)]) == 0
+    assert "best: learning_rate=0.01,seed=1, validation accuracy 92.00%" in capsys.readouterr().out
+
+
+def test_no_sweep(tmp_path, capsys):
+    with pytest.raises(RunError, match=r"got no sweep\.json, expected the workdir of a sweep"):
+        report(tmp_path)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,501 @@
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default, saved, sweep_best, sweep_lr, sweep_norm, sweep_width
+from tests.helpers import small
+from vmapbn_flax.cli.main import main as cli
+from vmapbn_flax.config import flat, validate
+from vmapbn_flax.errors import Interrupted, RunError, UsageError
+from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs.checkpoints import restore
+from vmapbn_flax.sweeps import plan
+from vmapbn_flax.sweeps import train as sweep
+from vmapbn_flax.sweeps.expand import chunk, expand, group
+from vmapbn_flax.sweeps.ledger import Ledger
+from vmapbn_flax.training import mesh, steps
+from vmapbn_flax.training.members import GroupPrograms, member_bytes
+from vmapbn_flax.training.programs import Programs
+from vmapbn_flax.training.state import TRACED_FIELDS, make_hyperparameters
+
+ROOT = Path(__file__).parents[2]
+BASE = {"data__validation_size": 20, "train__log_every": 3, "train__eval_every": 1.4, "optimizer__name": "sgd"}
+RATES, SEEDS = (0.01, 0.03, 0.1, 0.3), (0, 1)
+STEPS = 20
+
+
+def sweep_config(sweep=None, **changes):
+    """A sweep of small runs: 5 steps to an epoch, 20 in all, by default of eight members.
+
+    Not of Adam, which makes a step of what rounding leaves of a gradient that is zero.
+    """
+    values = {"optimizer__learning_rate": RATES, "seed": SEEDS} if sweep is None else sweep
+    fields = BASE | changes
+    config = small.config(**fields).unlock()
+    for name, value in values.items():
+        *section, leaf = name.split("__")
+        (config.sweep[section[0]] if section else config.sweep)[leaf] = value
+    return config.lock()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_data():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plan, loop):
+            patch.setattr(module, "load_dataset", lambda name, data_dir, size, limit: small.dataset(size))
+        yield
+
+
+@pytest.fixture
+def real_data(monkeypatch):
+    from vmapbn_flax.data import load_dataset
+
+    monkeypatch.setattr(plan, "load_dataset", load_dataset)
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """What the programs of groups were compiled for, by name."""
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = steps.make_train_step
+
+        def make_train_step(config, num_classes):
+            step = original(config, num_classes)
+
+            def traced(*arguments):
+                compiled.append(config)
+                return step(*arguments)
+
+            return traced
+
+        patch.setattr(steps, "make_train_step", make_train_step)
+        yield compiled
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, compilations):
+    """A finished sweep of eight members, with how often its step was compiled."""
+    workdir = tmp_path_factory.mktemp("eight") / "sweep"
+    before = len(compilations)
+    sweep.train_sweep(sweep_config(), workdir)
+    return workdir, len(compilations) - before
+
+
+@pytest.fixture
+def copy_of_eight(eight, tmp_path):
+    return Path(shutil.copytree(eight[0], tmp_path / "sweep"))
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(workdir):
+    """All that a sweep found, without how long it took."""
+    found = {}
+    for name in Ledger(workdir).members:
+        path = workdir / name / "summary.json"
+        summary = json.loads(path.read_text()) | {"seconds": None} if path.exists() else None
+        found[name] = rows(workdir / name), summary
+    return found
+
+
+def ledger_of(workdir):
+    return json.loads((workdir / "sweep.json").read_text())
+
+
+# What a sweep is made of.
+
+
+def test_product():
+    members = expand(sweep_config({"seed": (0, 1), "optimizer__learning_rate": (1e-3, 1)}))
+    assert [member.name for member in members] == [
+        "learning_rate=0.001,seed=0",
+        "learning_rate=0.001,seed=1",
+        "learning_rate=1.0,seed=0",
+        "learning_rate=1.0,seed=1",
+    ]
+    for member in members:
+        assert (member.config.optimizer.learning_rate, member.config.seed) == tuple(member.values.values())
+        validate(member.config)
+        assert not flat(member.config.sweep)
+        assert flat(member.config) == flat(small.config(**BASE)) | member.values
+
+
+def test_zip():
+    config = sweep_config({"seed": (0, 1), "model__hidden": ((4, 4), [8])}, sweep_options__mode="zip")
+    assert [member.values for member in expand(config)] == [
+        {"model.hidden": (4, 4), "seed": 0},
+        {"model.hidden": (8,), "seed": 1},
+    ]
+    assert [member.name for member in expand(config)] == ["hidden=4x4,seed=0", "hidden=8,seed=1"]
+
+
+def draws(size, options_seed=0, **more):
+    swept = {"optimizer__learning_rate": ("log_uniform", 1e-3, 1e-1), "model__norm": ("vmap", "none")} | more
+    options = {"sweep_options__mode": "random", "sweep_options__size": size, "sweep_options__seed": options_seed}
+    return [member.values for member in expand(sweep_config(swept, **options))]
+
+
+def test_random():
+    first = draws(40)
+    assert draws(40) == first
+    assert draws(50)[:40] == first
+    assert draws(40, options_seed=1) != first
+    with_more = draws(40, train__label_smoothing=("uniform", 0.0, 0.5), seed=(0, 1, 2))
+    assert [{name: values[name] for name in first[0]} for values in with_more] == first
+    rates = np.array([values["optimizer.learning_rate"] for values in first])
+    assert ((rates >= 1e-3) & (rates <= 1e-1)).all()
+    assert 8 < (rates < 1e-2).sum() < 32  # half, in logarithms
+    assert {values["model.norm"] for values in first} == {"vmap", "none"}
+
+
+@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_width, sweep_best])
+def test_configs(module):
+    members = expand(module.get_config())
+    sizes = {sweep_lr: [15], sweep_norm: [5, 5, 5], sweep_width: [3, 3, 3, 3], sweep_best: [24]}[module]
+    assert [len(together) for together in group(members)] == sizes
+
+
+BAD = [
+    ({"seed": ()}, {}, r"config\.sweep\.seed: got \(\), expected a tuple of at least one value"),
+    ({"seed": 3}, {}, r"config\.sweep\.seed: got 3, expected a tuple"),
+    ({"seed": (0, 1.5)}, {}, r"config\.sweep\.seed: got the value 1\.5, expected a int"),
+    ({"seed": (0, True)}, {}, r"config\.sweep\.seed: got the value True"),
+    ({"seed": (0, -1)}, {}, r"member seed=-1: config\.seed: got -1, expected"),
+    ({"seed": (1, 1)}, {}, "got the member seed=1 twice"),
+    ({"optimizer__learning_rate": (1, 1.0)}, {}, "got the member learning_rate=1.0 twice"),
+    ({"optimizer__lerning_rate": (1.0,)}, {}, r"config\.sweep\.optimizer\.lerning_rate: .*optimizer\.learning_rate"),
+    ({"model__norm": ("vmap", "layer")}, {}, "member norm=layer: config.model.norm: got 'layer'"),
+    ({"model__norm": ("vmap", 3)}, {}, r"config\.sweep\.model\.norm: got the value 3, expected a str"),
+    ({"optimizer__learning_rate": ("log_uniform", 0.1, 1.0)}, {}, "distributions are for sweep_options.mode=random"),
+    ({"seed": (0, 1)}, {"data__validation_size": 0}, r"config\.data\.validation_size: got 0 for the member seed=0"),
+    ({"seed": (0, 1)}, {"sweep_options__mode": "grid"}, r"config\.sweep_options\.mode: got 'grid'"),
+    ({"seed": (0, 1), "model__norm": ("vmap",)}, {"sweep_options__mode": "zip"}, "expected as many of each field"),
+    ({"seed": (0, 1)}, {"sweep_options__mode": "random"}, r"size: got 16 draws, .*as differ, 2 here"),
+    (
+        {"optimizer__learning_rate": ("log_uniform", 0.0, 1.0)},
+        {"sweep_options__mode": "random"},
+        r"config\.sweep\.optimizer\.learning_rate: got .*expected \('log_uniform', low, high\)",
+    ),
+    ({"model__norm": ("uniform", 0, 1)}, {"sweep_options__mode": "random"}, "expected choices"),
+    ({"model__hidden": (tuple(range(1, 90)),)}, {}, r"a name of \d+ characters"),
+    ({}, {}, "got no field to sweep"),
+]
+
+
+@pytest.mark.parametrize(("swept", "changes", "message"), BAD)
+def test_bad_sweep(swept, changes, message, tmp_path):
+    with pytest.raises(UsageError, match=message) as error:
+        sweep.train_sweep(sweep_config(swept, **changes), tmp_path / "sweep")
+    assert "\n" not in str(error.value)
+    assert error.value.exit_status == 2
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["--config.sweep.seed=()", "--config.sweep.sed=(1,)", "--config.sweep.seed=(0, 0)", "--config.sweep.seed=(0, 'a')"],
+)
+def test_bad_sweep_is_one_line(override, tmp_path, capsys):
+    assert cli.main(["train", "--config=configs/sweep_lr.py", override, f"--workdir={tmp_path}/sweep"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_sizes_are_checked_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.train\.batch_size: got 81, expected at most the 80 training"):
+        sweep.train_sweep(sweep_config({"train__batch_size": (16, 81)}), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_data_larger_than_its_limit_is_refused(tmp_path, monkeypatch):
+    streamed = dataclasses.replace(small.dataset(20), streamed=True)
+    monkeypatch.setattr(plan, "load_dataset", lambda *where: streamed)
+    with pytest.raises(UsageError, match=r"config\.data\.memory_limit: got 2\.0, expected at least 0\.01, for mnist"):
+        sweep.train_sweep(sweep_config(), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_is_no_run(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.sweep: got values of optimizer\.learning_rate, seed, expected none"):
+        loop.train(sweep_config(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", TRACED_FIELDS)
+def test_traced_fields_are_hyperparameters(name):
+    config = default.get_config()
+    before = make_hyperparameters(config, 10)
+    *sections, leaf = name.split(".")
+    section = config[sections[0]] if sections else config
+    section[leaf] = 1 if name == "seed" else 0.25
+    assert make_hyperparameters(config, 10) != before
+
+
+def test_groups_and_chunks():
+    members = expand(sweep_config({"model__hidden": ((4,), (8,)), "seed": tuple(range(5))}))
+    groups = group(members)
+    assert [[member.config.model.hidden for member in together] for together in groups] == [[(4,)] * 5, [(8,)] * 5]
+    assert [len(part) for part in chunk(members, 4)] == [3, 3, 4]
+    assert [len(part) for part in chunk(members, 10)] == [10]
+    assert chunk(members, 1) == [[member] for member in members]
+
+
+# Training.
+
+
+def test_eight_members_one_compilation(eight):
+    workdir, compilations = eight
+    assert compilations == 1
+    assert len(ledger_of(workdir)["groups"]) == 1
+    for name, entry in ledger_of(workdir)["members"].items():
+        assert entry == {"status": "done", "step": STEPS, "reason": ""}
+        directory = workdir / name
+        files = {path.name for path in directory.iterdir() if "tfevents" not in path.name}
+        assert files == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"}
+        assert any("tfevents" in path.name for path in directory.iterdir())
+        assert [path.name for path in (directory / "checkpoints").iterdir()] == [str(STEPS)]
+    assert not any((workdir / "groups").glob("*"))
+    assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_sweep_trains_nothing(eight, monkeypatch):
+    before = figures(eight[0]), ledger_of(eight[0])
+    monkeypatch.setattr(GroupPrograms, "create", None)
+    sweep.train_sweep(sweep_config(), eight[0])
+    assert (figures(eight[0]), ledger_of(eight[0])) == before
+
+
+@pytest.mark.parametrize("member", [0, 5])
+def test_member_equals_its_run(eight, member, tmp_path):
+    """The same rows; what floating point rounds differently, it has had 20 steps to amplify."""
+    member = expand(sweep_config())[member]
+    loop.train(member.config, tmp_path / "run")
+    got, expected = rows(eight[0] / member.name), rows(tmp_path / "run")
+    assert [list(row) for row in got] == [list(row) for row in expected]
+    for name in ("step", "learning_rate", "test_count", "validation_count"):
+        assert [row.get(name) for row in got] == [row.get(name) for row in expected]
+    for name in ("train_loss", "validation_loss", "test_loss"):
+        values = [[row[name] for row in side if name in row] for side in (got, expected)]
+        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
+    summary = json.loads((eight[0] / member.name / "summary.json").read_text())
+    assert list(summary) == list(json.loads((tmp_path / "run" / "summary.json").read_text()))
+
+
+def test_batches_are_those_of_each_seed():
+    configs = [member.config for member in expand(sweep_config({"seed": (3, 4, 5)}))]
+    dataset = small.dataset(20)
+    programs = GroupPrograms(configs, dataset, mesh.member_mesh(configs[0], 3))
+    state = programs.advance(programs.create(), 0, 1)
+    for config, member in zip(configs, programs.split(programs.fetch(state)), strict=True):
+        alone = Programs(config, dataset)
+        small.assert_close(member, alone.advance(alone.create(), 0, 1))
+
+
+def test_signal_saves(eight, tmp_path, monkeypatch):
+    advance, calls = GroupPrograms.advance, []
+
+    def advance_and_signal(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return advance(*arguments)
+
+    monkeypatch.setattr(GroupPrograms, "advance", advance_and_signal)
+    with pytest.raises(Interrupted) as stop:
+        sweep.train_sweep(sweep_config(), tmp_path / "sweep")
+    assert stop.value.exit_status == 143
+    name = "learning_rate=0.01,seed=0"
+    entry = ledger_of(tmp_path / "sweep")["members"][name]
+    assert entry["status"] == "running"
+    assert [path.name for path in (tmp_path / "sweep/groups/0/checkpoints").iterdir()] == [str(entry["step"])]
+    with pytest.raises(RunError, match=r"got a member that its sweep is not done with .*--config=configs/saved\.py"):
+        loop.train(expand(sweep_config())[0].config, tmp_path / "sweep" / name)
+    sweep.train_sweep(sweep_config(), tmp_path / "sweep")
+    assert ledger_of(tmp_path / "sweep") == ledger_of(eight[0])
+    assert figures(tmp_path / "sweep") == figures(eight[0])
+
+
+def test_diverging_member_changes_nothing_in_the_others(tmp_path):
+    healthy, sick = (
+        sweep_config({"optimizer__learning_rate": (0.01, 0.03, last)}, train__max_skipped_steps=4)
+        for last in (0.1, 1e38)
+    )
+    workdirs = tmp_path / "healthy", tmp_path / "sick"
+    for config, workdir in zip((healthy, sick), workdirs, strict=True):
+        assert sweep.train_sweep(config, workdir).count("failed") == 0
+    for name in ("learning_rate=0.01", "learning_rate=0.03"):
+        assert (workdirs[0] / name / "metrics.jsonl").read_text() == (workdirs[1] / name / "metrics.jsonl").read_text()
+        template = Programs(healthy_config := expand(healthy)[0].config, small.dataset(20)).template()
+        assert healthy_config.train.max_skipped_steps == 4
+        states = [restore(workdir / name / "checkpoints", STEPS, template) for workdir in workdirs]
+        small.assert_same_bits(*states)
+    entry = ledger_of(workdirs[1])["members"]["learning_rate=1e+38"]
+    assert entry["status"] == "diverged"
+    assert 4 < entry["step"] < STEPS
+    assert entry["reason"] == f"4 steps in a row not finite, up to step {entry['step']}"
+    diverged = workdirs[1] / "learning_rate=1e+38"
+    assert max(row["step"] for row in rows(diverged)) <= entry["step"]
+    assert [path.name for path in (diverged / "checkpoints").iterdir()] == [str(entry["step"])]
+    with pytest.raises(RunError, match=r"got 4 steps in a row whose loss or gradients are not finite"):
+        loop.train(expand(sick)[2].config, diverged)
+
+
+def test_group_of_which_all_diverge_ends(tmp_path):
+    config = sweep_config({"optimizer__learning_rate": (1e38, 2e38)}, train__max_skipped_steps=2)
+    ledger = sweep.train_sweep(config, tmp_path / "sweep")
+    assert ledger.count("diverged") == 2
+    assert all(entry["step"] < STEPS for entry in ledger.members.values())
+
+
+def test_widths_are_groups(tmp_path, compilations):
+    before = len(compilations)
+    config = sweep_config({"model__hidden": ((4,), (5,)), "seed": (0, 1, 2, 3)}, sweep_options__chunk=2)
+    ledger = sweep.train_sweep(config, tmp_path / "sweep")
+    assert ledger.groups == [
+        [f"hidden={width},seed={seed}" for seed in pair] for width in "45" for pair in ("01", "23")
+    ]
+    assert ledger.count("done") == 8
+    assert len(compilations) - before == 2  # the chunks of a group share a program
+
+
+@pytest.mark.parametrize(
+    ("on_failure", "statuses"), [("continue", ["failed", "done"]), ("stop", ["failed", "pending"])]
+)
+def test_group_that_fails(on_failure, statuses, tmp_path, monkeypatch):
+    config = sweep_config({"model__hidden": ((4,), (5,))}, sweep_options__on_failure=on_failure)
+    create = GroupPrograms.create
+
+    def fail_first(programs):
+        if jax.tree.leaves(programs.template().params)[0].shape == (1, 4):
+            raise RunError("out of luck")
+        return create(programs)
+
+    monkeypatch.setattr(GroupPrograms, "create", fail_first)
+    ledger = sweep.train_sweep(config, tmp_path / "sweep")
+    assert [entry["status"] for entry in ledger.members.values()] == statuses
+    assert ledger.members["hidden=4"]["reason"] == "RunError: out of luck"
+    if on_failure == "continue":
+        return
+    monkeypatch.setattr(GroupPrograms, "create", create)
+    again = sweep.train_sweep(config, tmp_path / "sweep")
+    assert [entry["status"] for entry in again.members.values()] == ["done", "done"]
+    assert again.members["hidden=4"]["reason"] == ""
+
+
+def test_new_values_are_new_groups(copy_of_eight):
+    before = figures(copy_of_eight)
+    more = sweep_config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2)})
+    ledger = sweep.train_sweep(more, copy_of_eight)
+    assert [len(names) for names in ledger.groups] == [8, 4]
+    assert all(name.endswith("seed=2") for name in ledger.groups[1])
+    assert ledger.count("done") == 12
+    assert {name: found for name, found in figures(copy_of_eight).items() if name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep": {"optimizer__learning_rate": RATES}}, "got a sweep without its member learning_rate=0.01,seed=0"),
+        ({"train__batch_size": 8}, r"config\.train\.batch_size: 16 -> 8"),
+        ({"train__num_epochs": 5.0}, r"got another train\.num_epochs, expected that of the sweep"),
+    ],
+)
+def test_other_sweep_is_refused(copy_of_eight, changes, message):
+    before = ledger_of(copy_of_eight)
+    with pytest.raises(RunError, match=message):
+        sweep.train_sweep(sweep_config(**changes), copy_of_eight)
+    assert ledger_of(copy_of_eight) == before
+
+
+def test_workdir_of_a_run_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(RunError, match="got the workdir of a run, expected that of a sweep"):
+        sweep.train_sweep(sweep_config(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"members": {"a": {}}, "groups": []}', '{"members": {}}'])
+def test_damaged_ledger(copy_of_eight, content):
+    (copy_of_eight / "sweep.json").write_text(content)
+    with pytest.raises(RunError, match=r"sweep\.json: got .*expected"):
+        sweep.train_sweep(sweep_config(), copy_of_eight)
+
+
+def test_finished_member_continues_alone(copy_of_eight):
+    name = "learning_rate=0.03,seed=1"
+    config = saved.get_config(str(copy_of_eight / name))
+    assert flat(config) == flat(next(member.config for member in expand(sweep_config()) if member.name == name))
+    before = rows(copy_of_eight / name)
+    config.train.num_epochs = 5.0
+    assert loop.train(config, copy_of_eight / name)["step"] == 25
+    assert rows(copy_of_eight / name)[: len(before)] == before
+    # To its sweep it is what it was.
+    assert sweep.train_sweep(sweep_config(), copy_of_eight).count("done") == 8
+
+
+def test_saved_config_of_a_sweep(eight):
+    config = saved.get_config(str(eight[0]))
+    assert flat(config) == flat(sweep_config())
+    assert [member.name for member in expand(config)] == list(ledger_of(eight[0])["members"])
+
+
+@pytest.mark.slow
+def test_memory_estimate_is_of_the_right_size(real_data):
+    """Against what the compiler says that the largest program needs for one member more."""
+    config = default.get_config()
+    config.data.validation_size = 5000
+    config.train.batch_size = 500
+    dataset = small.mnist()
+    needs = []
+    for count in (1, 3):
+        programs = GroupPrograms([config] * count, dataset, mesh.member_mesh(config, 1))
+        programs.advance(programs.create(), 0, 1)
+        analysis = programs.compiler["train"].memory_analysis()
+        needs.append(analysis.temp_size_in_bytes + analysis.argument_size_in_bytes)
+    assert 0.3 < member_bytes(config, dataset) / ((needs[1] - needs[0]) / 2) < 5
+
+
+# Devices.
+
+TWO_DEVICES = """
+import json, sys
+import jax, numpy as np
+
+from tests.helpers import small
+from tests.sweeps import test_sweep
+from vmapbn_flax.training import mesh
+from vmapbn_flax.sweeps.expand import expand
+from vmapbn_flax.training.members import GroupPrograms
+
+configs = [member.config for member in expand(test_sweep.sweep_config({"seed": (0, 1, 2)}))]
+devices = mesh.member_mesh(configs[0], 3)
+programs = GroupPrograms(configs, small.dataset(20), devices)
+state = programs.advance(programs.create(), 0, 5)
+state = programs.place(programs.fetch(state))
+state = programs.advance(state, 5, 5)
+text = programs.compiler["train"].as_text()
+assert "all-" not in text and "collective" not in text
+leaves = jax.tree.leaves(programs.fetch(state))
+np.savez(sys.argv[1], devices=devices.size, **{str(i): leaf for i, leaf in enumerate(leaves)})
+"""
+
+
+def test_padded_members_on_two_devices(tmp_path):
+    found = []
+    for count in ("1", "2"):
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": count, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", TWO_DEVICES, str(tmp_path / f"{count}.npz")]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+        found.append(dict(np.load(tmp_path / f"{count}.npz")))
+    assert [int(arrays.pop("devices")) for arrays in found] == [1, 2]
+    small.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert {array.shape[0] for array in found[1].values()} == {3}

@@ -1,0 +1,107 @@
+"""`python -m vmapbn_flax parity`: is the vmapped network the batched one? Measured on real batches."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from vmapbn_flax import signals
+from vmapbn_flax.config import validate
+from vmapbn_flax.data import load_dataset
+from vmapbn_flax.errors import UsageError
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore
+from vmapbn_flax.training.metrics import TrainMetrics, compute
+from vmapbn_flax.training.programs import Programs
+from vmapbn_flax.training.state import TrainState
+
+_STEPS = 100
+
+
+class Difference(NamedTuple):
+    """The largest difference between the entries of two trees of arrays."""
+
+    what: str
+    absolute: float
+    ulps: float  # in units in the last place of the largest entry of the trees
+    relative: float  # to that entry
+    tolerance: float  # of `relative`
+
+    @property
+    def within(self) -> bool:
+        return self.relative <= self.tolerance  # which NaN is not
+
+
+def compare(what: str, first: PyTree, second: PyTree, tolerance: float) -> Difference:
+    """How far two trees of float32 arrays are apart at the most."""
+    pairs = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    # numpy's max, for which NaN is the largest; to Python's it is whatever comes first.
+    largest = np.max([np.abs(array).max() for pair in pairs for array in pair]).astype(np.float32)
+    if not np.isfinite(largest):
+        return Difference(what, np.nan, np.nan, np.nan, tolerance)
+    apart = np.max([np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() for a, b in pairs])
+    relative = apart / largest if largest else 0.0
+    return Difference(what, float(apart), float(apart / np.spacing(largest)), float(relative), tolerance)
+
+
+def parity(config: ConfigDict) -> list[Difference]:
+    """Compares the vmapped and the batched network of `config`, from the same seed on the same batches.
+
+    Outputs and gradients of the first batch, losses of the first steps, parameters and statistics after them, and the
+    accuracy of each network's checkpoint evaluated by the other.
+
+    Raises:
+      UsageError: the config is not usable or has no batch norm.
+    """
+    validate(config)
+    if config.model.norm == "none":
+        raise UsageError("config.model.norm: got 'none', expected 'vmap' or 'batched': parity compares the two")
+    data = config.data
+    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    programs = []
+    for norm in ("vmap", "batched"):
+        variant = config.copy_and_resolve_references()  # a deep copy: programs read it when they are compiled
+        variant.model.norm = norm
+        programs.append(Programs(variant, dataset))
+    with contextlib.closing(programs[0]) as vmap, contextlib.closing(programs[1]) as batched:
+        return _compare_programs(vmap, batched, config)
+
+
+def _compare_programs(vmap: Programs, batched: Programs, config: ConfigDict) -> list[Difference]:
+    count = min(_STEPS, vmap.steps_per_epoch, vmap.total_steps)
+
+    first = [program.gradients(program.create(), step=0) for program in (vmap, batched)]
+    losses, states = zip(*(_advance(program, count) for program in (vmap, batched)), strict=True)
+    rows = [
+        compare("outputs of the first batch", first[0][0], first[1][0], 1e-5),
+        compare("gradients of the first batch", first[0][1], first[1][1], 1e-5),
+        compare(f"losses of the first {count} steps", losses[0], losses[1], 1e-4),
+        compare(f"parameters after {count} steps", states[0].params, states[1].params, 1e-3),
+        compare(f"statistics after {count} steps", states[0].batch_stats, states[1].batch_stats, 1e-3),
+    ]
+    for name, state, own, other in (("vmapped", states[0], vmap, batched), ("batched", states[1], batched, vmap)):
+        restored = _through_checkpoint(state, config, other)
+        what = f"accuracy of the {name} network's checkpoint in the other"
+        key = own.selection
+        rows.append(compare(what, np.float32(own.evaluate(state)[key]), np.float32(other.evaluate(restored)[key]), 0.0))
+    return rows
+
+
+def _advance(programs: Programs, count: int) -> tuple[np.ndarray, TrainState]:
+    state, losses = programs.create(), []
+    for step in range(count):
+        state = programs.advance(state, step, 1)
+        losses.append(compute(state.metrics)["loss"])
+        state = state.replace(metrics=TrainMetrics.empty())
+    return np.array(losses, np.float32), state
+
+
+def _through_checkpoint(state: TrainState, config: ConfigDict, programs: Programs) -> Any:
+    with signals.raised(), tempfile.TemporaryDirectory() as directory:
+        with contextlib.closing(Checkpoints(Path(directory))) as checkpoints:
+            checkpoints.save(int(state.step), state, config.to_dict(), None)
+        return restore(Path(directory), int(state.step), programs.template())

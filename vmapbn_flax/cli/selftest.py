@@ -1,0 +1,120 @@
+"""`python -m vmapbn_flax selftest`: is a run that was stopped and resumed the run that never was? Measured here."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from vmapbn_flax import signals
+from vmapbn_flax.cli.parity import parity
+from vmapbn_flax.cli.refresh import refresh
+from vmapbn_flax.config import validate, validate_sizes
+from vmapbn_flax.data import load_dataset
+from vmapbn_flax.errors import RunError
+from vmapbn_flax.files import read_json, read_lines
+from vmapbn_flax.runs.checkpoints import saved_steps
+from vmapbn_flax.runs.console import say
+from vmapbn_flax.runs.loading import load_state
+from vmapbn_flax.training.programs import Programs
+from vmapbn_flax.training.state import steps_in
+
+
+class Comparison(NamedTuple):
+    """What was compared, how much of it, and the names of what differs."""
+
+    what: str
+    size: str
+    different: list[str]
+
+
+def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
+    """Trains `config` without a stop and with one, in processes of their own, and compares what the two runs end with.
+
+    A SIGTERM stops the second one when it has logged a row; it is resumed from the step that was saved then. Where
+    there is batch norm, `parity` and `refresh` follow. `flags` are the command line that spells `config`.
+
+    Raises:
+      UsageError: the config or the data cannot be used.
+      RunError: a process failed, or the run was over before it could be stopped.
+    """
+    validate(config)
+    data = config.data
+    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    validate_sizes(config, len(dataset.train))
+    total = steps_in(config.train.num_epochs, len(dataset.train) // config.train.batch_size)
+    log_every = min(config.train.log_every, max(1, total // 4))  # so that at the first row there is much to go
+    flags = [*flags, f"--config.train.log_every={log_every}"]
+    with signals.raised(), tempfile.TemporaryDirectory(prefix="selftest_") as directory:
+        straight, resumed = Path(directory, "straight"), Path(directory, "resumed")
+        say(f"training {total} steps")
+        _train(flags, straight)
+        say("training until a SIGTERM")
+        _train(flags, resumed, stop=True)
+        step = saved_steps(resumed / "checkpoints")[-1]
+        say(f"resuming at step {step}")
+        if f"resuming at step {step} of {total} steps" not in _train(flags, resumed) or step == total:
+            raise RunError(
+                f"got a run of {total} steps that was over before it could be stopped, expected a longer one. "
+                f"Change it with --config.train.num_epochs=..."
+            )
+        programs = Programs(config, dataset)  # not before: on a GPU the first process takes most of the memory
+        ends = zip(_end(straight, programs), _end(resumed, programs), strict=True)
+        found = [_compare(*first, second) for first, (_, _, second) in ends]
+        if config.model.norm != "none":
+            say("parity and refresh")
+            rows, evaluated, summary = parity(config), refresh(resumed)["before"], read_json(resumed / "summary.json")
+            outside = [row.what for row in rows if not row.within]
+            found.append(Comparison("parity: the vmapped and the batched network", f"{len(rows)} quantities", outside))
+            logged = {name: summary.get(name) for name in evaluated}
+            found.append(_compare("refresh: the checkpoint evaluated", "figures", _spell(logged), _spell(evaluated)))
+    return found
+
+
+def _train(flags: Sequence[str], workdir: Path, *, stop: bool = False) -> str:
+    """Trains in a process of its own, to the end or until there is a row; returns what it said."""
+    command = [sys.executable, "-m", "vmapbn_flax", "train", *flags, f"--workdir={workdir}"]
+    log = workdir.with_suffix(".log")
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            while stop and process.poll() is None and not read_lines(workdir / "metrics.jsonl"):
+                time.sleep(0.002)
+            if stop:
+                process.terminate()
+            status = process.wait()
+        finally:
+            process.kill()  # where an exception leads here
+    said = log.read_text()
+    if status not in ([0, 128 + signal.SIGTERM] if stop else [0]):
+        raise RunError(f"got exit status {status} from a run, expected it to train; it said: {said[-1000:]}")
+    return said
+
+
+def _end(workdir: Path, programs: Programs) -> list[tuple[str, str, dict[str, bytes]]]:
+    """All that a run ends with: what it is, what it consists of, and these parts by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(load_state(workdir, None, programs))
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.tobytes() for path, leaf in leaves}
+    lines, summary = read_lines(workdir / "metrics.jsonl"), read_json(workdir / "summary.json")
+    del summary["seconds"]
+    rows = {f"row {number}": line for number, (line, _) in enumerate(lines, start=1)}
+    return [
+        ("state", "arrays", arrays),
+        ("metrics.jsonl", f"rows of {sum(len(row) for _, row in lines)} numbers", rows),
+        ("summary.json but for seconds", "fields", _spell(summary)),
+    ]
+
+
+def _spell(content: Mapping[str, Any]) -> dict[str, bytes]:
+    return {name: json.dumps(value).encode() for name, value in content.items()}
+
+
+def _compare(what: str, unit: str, first: Mapping[str, bytes], second: Mapping[str, bytes]) -> Comparison:
+    different = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return Comparison(what, f"{len(first)} {unit}, {sum(map(len, first.values())):,} bytes", different)

@@ -1,0 +1,79 @@
+"""The multilayer perceptron, for one example and for a batch, with the same variables."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm, Mask
+from vmapbn_flax.nn.vmap_batch import zero_masked
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron for one example: dense, norm, sigmoid, ..., dense.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vmapbn_flax import MLP, VmapBatch
+    >>> model = MLP(hidden=(100, 100, 100), num_classes=10)
+    >>> variables = model.init(jax.random.key(0), jnp.ones(784), train=False)
+    >>> model.apply(variables, jnp.ones(784), train=False).shape
+    (10,)
+    >>> VmapBatch(model).apply(variables, jnp.ones((128, 784)), train=False).shape
+    (128, 10)
+
+    Attributes:
+      hidden: widths of the hidden layers.
+      num_classes: width of the output.
+      norm: makes the layer between each hidden product and its sigmoid from a `name`: `BatchNorm`, or a
+        `functools.partial` of it; None for the plain network.
+    """
+
+    hidden: Sequence[int]
+    num_classes: int
+    norm: Callable[..., nn.Module] | None = BatchNorm
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, " features"], *, train: bool, mask: Mask | None = None
+    ) -> Float[Array, " classes"]:
+        """Logits of one example; `train` and the scalar `mask` are `BatchNorm`'s.
+
+        Raises:
+          ValueError: `x` is not one example.
+        """
+        if x.ndim != 1:
+            raise ValueError(
+                f"MLP: got x of shape {x.shape}; expected one example, (features,). "
+                f"For a batch of them write VmapBatch(MLP(...)), or use BatchedMLP."
+            )
+        return self._logits(x, train, mask)
+
+    def _logits(self, x: Array, train: bool, mask: Array | None) -> Array:
+        for i, width in enumerate(self.hidden):
+            x = nn.Dense(width, name=f"dense_{i}")(x)
+            if self.norm is not None:
+                x = self.norm(name=f"norm_{i}")(x, train=train, mask=mask)
+            x = nn.sigmoid(x)
+        return nn.Dense(self.num_classes, name="logits")(x)
+
+
+class BatchedMLP(MLP):
+    """The same network, with the same variables, written the textbook way for a whole batch."""
+
+    norm: Callable[..., nn.Module] | None = BatchedBatchNorm
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch features"], *, train: bool, mask: Mask | None = None
+    ) -> Float[Array, "batch classes"]:
+        """Logits of each example; `mask` is `(batch,)`, and examples of weight zero may be NaN.
+
+        Raises:
+          ValueError: `x` is not a batch.
+        """
+        if x.ndim != 2:
+            raise ValueError(
+                f"BatchedMLP: got x of shape {x.shape}; expected a batch, (batch, features). "
+                f"For one example use MLP, which has the same variables."
+            )
+        return self._logits(zero_masked(x, mask), train, mask)

@@ -1,0 +1,114 @@
+"""The lift that takes a one-example module over a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core.scope import DenyList
+from jaxtyping import Array, Float
+
+from vmapbn_flax.nn.batch_norm import AxisName, BatchNorm, Mask, as_axes
+
+_SHARED = ("params", "batch_stats")
+
+
+class VmapBatch(nn.Module):
+    """A one-example module over one or several leading batch axes, with the module's own variables.
+
+    `flax.linen.vmap` with the axis named and everything said that batch norm needs said: `params` and
+    `batch_stats` exist once, not once per example (`variable_axes` None, the `out_axes=None` of
+    `jax.vmap`), random streams but `params` differ between examples, and other collections gain the
+    batch axes. The variables are those of `module`, without a level of their own; inside a larger network
+    it is `module` that takes the `name`.
+
+    Attributes:
+      module: takes `(x, *, train, mask)` for one example `x`.
+      axis_name: name of the leading axis, or a tuple of names, outermost first.
+    """
+
+    module: nn.Module
+    axis_name: AxisName = "batch"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch_and_example"], *, train: bool, mask: Mask | None = None) -> Any:
+        """The module's result for each example.
+
+        Args:
+          x: `(*batch, *example)`, with one leading axis per name in `axis_name`.
+          train: passed on.
+          mask: `(*batch,)` or `(*batch, *spatial)`, booleans or non-negative weights, split along the
+            batch axes and passed on. Values of weight zero are replaced by zeros first, so that whatever
+            they hold, NaN included, cannot reach a gradient.
+
+        Raises:
+          ValueError: `mask` does not fit `x`; or a `BatchNorm` inside names a batch axis neither in its
+            `axis_name` nor in its `replica_axis_name`.
+        """
+        names = as_axes(self.axis_name)
+        if x.ndim < len(names):
+            raise ValueError(
+                f"VmapBatch(axis_name={self.axis_name!r}): got x of shape {x.shape}; expected a leading axis "
+                f"for each name, {names}. For one example apply the module itself."
+            )
+        if mask is not None and (mask.ndim < len(names) or mask.shape != x.shape[: mask.ndim]):
+            raise ValueError(
+                f"VmapBatch(axis_name={self.axis_name!r}): got a mask of shape {mask.shape} for x of shape "
+                f"{x.shape}; expected {x.shape[: len(names)]}, the batch axes, or those and spatial ones."
+            )
+
+        def call(module: nn.Module, x: Array, mask: Array | None) -> Any:
+            return module(x, train=train, mask=mask)
+
+        for name in reversed(names):
+            call = nn.vmap(
+                call,
+                variable_axes={**dict.fromkeys(_SHARED), DenyList(_SHARED): 0},
+                split_rngs={"params": False, DenyList("params"): True},
+                in_axes=0,
+                axis_name=name,
+            )
+        nn.share_scope(self, self.module)
+        with nn.intercept_methods(_require_axes(names)):
+            return call(self.module, zero_masked(x, mask), mask)
+
+
+def zero_masked(x: Array, mask: Array | None) -> Array:
+    """`x` with zeros wherever `mask`, whose axes are the leading ones of `x`, is zero."""
+    if mask is None:
+        return x
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)) != 0, x, 0)
+
+
+def _require_axes(names: tuple[str, ...]) -> Callable:
+    """Refuses a `BatchNorm` in training that leaves out one of the mapped axes `names`.
+
+    Its statistics would differ along that axis, where the collection holds them once.
+    """
+
+    def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        layer = context.module
+        if isinstance(layer, BatchNorm) and context.method_name == "__call__" and kwargs.get("train"):
+            own, replicas = as_axes(layer.axis_name), as_axes(layer.replica_axis_name)
+            for name in names:
+                if name not in own + replicas:
+                    raise ValueError(_unnamed_axis(layer, names, name, own, replicas))
+        return next_method(*args, **kwargs)
+
+    return interceptor
+
+
+def _unnamed_axis(
+    layer: BatchNorm, names: tuple[str, ...], name: str, own: tuple[str, ...], replicas: tuple[str, ...]
+) -> str:
+    def spell(axes: tuple[str, ...]) -> str:
+        return repr(axes[0] if len(axes) == 1 else axes)
+
+    kind = type(layer).__name__
+    return (
+        f"{kind} {'/'.join(layer.path)}: got axis_name={layer.axis_name!r} under "
+        f"VmapBatch(..., axis_name={spell(names)}); expected it to name {name!r} too, or its statistics "
+        f"would come out once per {name!r}. Write {kind}(axis_name={spell((*own, name))}) to normalise over "
+        f"{name!r}, or {kind}(axis_name={spell(own)}, replica_axis_name={spell((*replicas, name))}) to keep "
+        f"its groups apart (ghost batches)."
+    )

@@ -1,0 +1,53 @@
+"""What a run says on the terminal: a line at the start, progress, a table at the end."""
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from io import TextIOBase
+
+from tqdm import tqdm
+
+
+def say(message: str) -> None:
+    """Prints a line, above the progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
+
+
+class Progress(contextlib.AbstractContextManager):
+    """A bar of steps on a terminal; elsewhere a line for each evaluation."""
+
+    def __init__(self, step: int, total_steps: int):
+        self._interactive = sys.stderr.isatty()
+        # `initial` leaves the steps before a resume out of the rate, and so out of the ETA.
+        self._bar = tqdm(
+            initial=step, total=total_steps, unit="step", disable=not self._interactive, dynamic_ncols=True
+        )
+        self._total_steps = total_steps
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def advance(self, count: int) -> None:
+        self._bar.update(count)
+
+    def evaluated(self, step: int, results: Sequence[Mapping[str, float]]) -> None:
+        """Shows the figures of a run's evaluation at `step`."""
+        (figures,) = results
+        shown = {name: f"{value:.4f}" for name, value in figures.items() if not name.endswith("count")}
+        if self._interactive:
+            self._bar.set_postfix(shown)
+        else:
+            say(f"step {step} of {self._total_steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file: TextIOBase | None = None) -> None:
+    """Prints rows of cells in columns, to standard error unless `file` says otherwise."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*header, box=box.SIMPLE, show_header=bool(header))
+    for row in rows:
+        grid.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    # A pipe has no width: never fold a path or a figure there.
+    Console(file=file or sys.stderr, width=None if sys.stderr.isatty() else 200).print(grid)

@@ -1,0 +1,69 @@
+"""Pictures of runs, from their `metrics.jsonl`."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.files import read_lines, write_whole
+
+# Distinct in grey print too: each run has a dash pattern and a marker of its own.
+STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "P")]
+
+_ACCURACIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999)
+
+
+def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
+    """Draws test accuracy and training loss against steps, one line a run, into `output`.
+
+    Raises:
+      RunError: a workdir has no metrics to draw.
+      UsageError: `output` does not end in the name of a picture format.
+    """
+    with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        kind = output.suffix[1:].lower()
+        if kind not in figure.canvas.get_supported_filetypes():
+            raise UsageError(f"{output}: got a name that ends in {output.suffix!r}, expected .png, .pdf or .svg")
+        accuracy, loss = figure.subplots(1, 2)
+        for i, workdir in enumerate(workdirs):
+            rows = [row for _, row in read_lines(workdir / "metrics.jsonl")]
+            if not rows:
+                raise RunError(f"{workdir}: got no metrics.jsonl with rows; expected the workdir of a run.")
+            line, marker = STYLES[i % len(STYLES)]
+            label = workdir.resolve().name
+            for axes, name in ((accuracy, "test_accuracy"), (loss, "train_loss")):
+                points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                steps, values = zip(*points, strict=True) if points else ((), ())
+                marks = {"marker": marker, "markersize": 4, "markevery": max(1, len(points) // 20)}
+                axes.plot(steps, values, linestyle=line, linewidth=1.4, label=label, **marks)
+        accuracy.set(xlabel="step", ylabel="test accuracy")
+        scale_accuracy(accuracy)
+        loss.set(xlabel="step", ylabel="training loss", yscale="log")
+        for axes in (accuracy, loss):
+            axes.legend()
+        write_picture(figure, output)
+
+
+def scale_accuracy(axes: Any) -> None:
+    """Logits spread out the last percent, which is where runs differ, without cutting off the start.
+
+    0 and 1, which few examples may come to, have no logit: with one of them the scale is linear.
+    """
+    if all(0 < accuracy < 1 for line in axes.lines for accuracy in line.get_ydata()):
+        axes.set_yscale("logit")
+        axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda accuracy, _: f"{100 * accuracy:g} %"))
+
+
+def write_picture(figure: Any, output: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format=output.suffix[1:].lower(), dpi=150)
+    write_whole(output, picture.getvalue())

@@ -1,0 +1,190 @@
+"""What a sweep is made of: its config expanded to members, and those divided into groups that train together."""
+
+import difflib
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vmapbn_flax.config import flat, of_one_process, validate
+from vmapbn_flax.errors import UsageError
+from vmapbn_flax.training.state import TRACED_FIELDS
+
+_DISTRIBUTIONS = ("uniform", "log_uniform")
+_LONGEST_NAME = 200  # characters; file systems end at 255
+
+
+class Member(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # of its values, as `learning_rate=0.003,seed=1`; the name of its workdir too
+    config: ConfigDict  # an ordinary one, without a sweep
+    values: dict[str, Any]  # of the swept fields, by their dotted names
+
+
+def expand(config: ConfigDict) -> list[Member]:
+    """The members of the sweep that `config` describes, in a fixed order.
+
+    Raises:
+      UsageError: a swept field does not exist, its values cannot be used, or two members are the same.
+    """
+    base = config.copy_and_resolve_references()
+    with base.unlocked():
+        base.sweep = ConfigDict()
+    fields = flat(base)
+    sweep = {name: _values(name, values, fields) for name, values in flat(config.sweep).items()}
+    if not sweep:
+        raise UsageError("config.sweep: got no field to sweep, expected at least one, as in configs/sweep_lr.py")
+    validate(base)
+    base = of_one_process(base)
+    labels = _labels(sweep)
+    members = []
+    for values in _COMBINE[base.sweep_options.mode](sweep, fields, base.sweep_options):
+        values = {name: _typed(name, value, fields[name]) for name, value in values.items()}
+        name = ",".join(f"{labels[field]}={_spell(value)}" for field, value in values.items())
+        members.append(Member(name, _with(base, values), values))
+        try:
+            validate(members[-1].config)
+        except UsageError as error:
+            raise UsageError(f"config.sweep, member {name}: {error}") from None
+    _check(members)
+    return members
+
+
+def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
+    if name not in fields or name.startswith(("sweep", "mesh", "distributed")):
+        close = difflib.get_close_matches(name, fields, n=1)
+        raise UsageError(
+            f"config.sweep.{name}: got a field that a run's config does not have, expected one of those in "
+            f"configs/default.py{f', such as {close[0]}' if close else ''}"
+        )
+    if not isinstance(values, tuple) or not values:
+        raise UsageError(
+            f"config.sweep.{name}: got {values!r}, expected a tuple of at least one value, such as ({fields[name]!r},)"
+        )
+    return values
+
+
+def _product(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*sweep.values()):
+        yield dict(zip(sweep, values, strict=True))
+
+
+def _zip(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
+    lengths = {name: len(values) for name, values in sweep.items()}
+    if len(set(lengths.values())) > 1:
+        raise UsageError(f"config.sweep: got {lengths} values to zip, expected as many of each field")
+    for values in zip(*sweep.values(), strict=True):
+        yield dict(zip(sweep, values, strict=True))
+
+
+def _random(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
+    """Draws that differ; more of them, or another field beside theirs, leaves the first as they are."""
+    drawn = []
+    for number in range(100 * options.size):
+        values = {name: _draw(name, leaf, fields[name], (options.seed, number)) for name, leaf in sweep.items()}
+        if values not in drawn:
+            drawn.append(values)
+            yield values
+        if len(drawn) == options.size:
+            return
+    raise UsageError(
+        f"config.sweep_options.size: got {options.size} draws, expected at most as many as differ, {len(drawn)} here"
+    )
+
+
+_COMBINE = {"product": _product, "zip": _zip, "random": _random}
+
+
+def _draw(name: str, leaf: tuple, field: Any, seed: tuple[int, int]) -> Any:
+    """One value of `leaf`, a function of `seed` and `name`."""
+    rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
+    if leaf[0] not in _DISTRIBUTIONS:
+        return leaf[rng.integers(len(leaf))]
+    kind, *bounds = leaf
+    numbers = len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
+    if not (numbers and -math.inf < bounds[0] < bounds[1] < math.inf and (kind == "uniform" or bounds[0] > 0)):
+        raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected ('{kind}', low, high) with 0 < low < high")
+    if isinstance(field, bool) or not isinstance(field, int | float):
+        raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected choices, for {field!r} is no number")
+    low, high = bounds
+    value = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
+    return round(value) if isinstance(field, int) else float(f"{value:.4g}")  # what a name can show
+
+
+def _typed(name: str, value: Any, field: Any) -> Any:
+    """`value` as the type of `field`, which it overrides."""
+    if isinstance(field, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(field, tuple) and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not type(field):
+        hint = "; distributions are for sweep_options.mode=random" if value in _DISTRIBUTIONS else ""
+        raise UsageError(
+            f"config.sweep.{name}: got the value {value!r}, expected a {type(field).__name__} like {field!r}{hint}"
+        )
+    return value
+
+
+def _with(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    config = base.copy_and_resolve_references()
+    for name, value in values.items():
+        *sections, leaf = name.split(".")
+        section = config
+        for key in sections:
+            section = section[key]
+        section[leaf] = value
+    return config
+
+
+def _labels(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """The last part of each dotted name, or all of it where two have the same."""
+    last = [name.rpartition(".")[2] for name in names]
+    return {name: label if last.count(label) == 1 else name for name, label in zip(names, last, strict=True)}
+
+
+def _spell(value: Any) -> str:
+    """`value` as a part of a file's name: no separators, quotes or blanks."""
+    text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", text)
+
+
+def _check(members: Sequence[Member]) -> None:
+    names = [member.name for member in members]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"config.sweep: got the member {twice[0]} twice, expected members that differ")
+    if longest := [name for name in names if len(name) > _LONGEST_NAME]:
+        raise UsageError(
+            f"config.sweep: got a member with a name of {len(longest[0])} characters, {longest[0][:50]}..., expected "
+            f"at most {_LONGEST_NAME}, for it names a directory. Sweep fewer fields."
+        )
+    if unheld := [member.name for member in members if not member.config.data.validation_size]:
+        raise UsageError(
+            f"config.data.validation_size: got 0 for the member {unheld[0]}, expected the number of training examples "
+            f"to hold out, on which members are ranked. Change it with --config.data.validation_size=5000"
+        )
+
+
+def program_key(config: ConfigDict) -> str:
+    """The same for configs that one program serves."""
+    return repr(sorted((name, value) for name, value in flat(config).items() if name not in TRACED_FIELDS))
+
+
+def group(members: Sequence[Member]) -> list[list[Member]]:
+    """Members that differ only in what a program takes as an argument, together."""
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(program_key(member.config), []).append(member)
+    return list(groups.values())
+
+
+def chunk(members: Sequence[Member], most: int) -> list[list[Member]]:
+    """`members` in as few parts of at most `most` as it takes, as equal as can be: of few sizes, few programs."""
+    parts = -(-len(members) // most)
+    cuts = [len(members) * i // parts for i in range(parts + 1)]
+    return [list(members[a:b]) for a, b in itertools.pairwise(cuts)]

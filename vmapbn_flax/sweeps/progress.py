@@ -1,0 +1,44 @@
+"""What a sweep shows while it trains."""
+
+from collections.abc import Mapping, Sequence
+
+from vmapbn_flax.runs.console import Progress, say
+from vmapbn_flax.sweeps.ledger import Ledger
+
+
+class SweepProgress(Progress):
+    """A bar of the steps of all members on a terminal; elsewhere a line for each evaluation of a group."""
+
+    def __init__(self, ledger: Ledger):
+        super().__init__(0, 0)
+        self._ledger = ledger
+        self._best: tuple[float, str] | None = None
+        self._number, self._names = 0, []
+
+    def start(self, number: int, names: Sequence[str], total_steps: int) -> None:
+        """The group `number`, of members that take `total_steps` each, is next."""
+        self._number, self._names, self._total_steps = number, names, total_steps
+        # Of the others nothing is known until they start; most sweeps have as many steps throughout.
+        self._bar.total = total_steps * len(self._ledger.members)
+        self._bar.n = sum(entry["step"] for entry in self._ledger.members.values())
+        self._show()
+
+    def advance(self, count: int) -> None:
+        super().advance(count * len(self._names))
+
+    def evaluated(self, step: int, results: Sequence[Mapping[str, float]]) -> None:
+        figures = zip(self._names, results, strict=True)
+        found = [(result["validation_accuracy"], name) for name, result in figures if result]
+        self._best = max([*found, *([self._best] if self._best else [])], default=None)
+        if self._interactive:
+            self._show()
+        else:
+            say(f"group {self._number}, step {step} of {self._total_steps}: {self._state()}")
+
+    def _show(self) -> None:
+        self._bar.set_postfix_str(self._state())
+
+    def _state(self) -> str:
+        counts = ", ".join(f"{self._ledger.count(status)} {status}" for status in ("done", "diverged"))
+        best = f", best validation_accuracy {self._best[0]:.4f} of {self._best[1]}" if self._best else ""
+        return f"{counts} of {len(self._ledger.members)}{best}"

@@ -1,0 +1,63 @@
+"""`python -m vmapbn_flax report`: a sweep's settings, ranked, its best member, and a picture."""
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from io import TextIOBase
+from pathlib import Path
+
+from vmapbn_flax.runs import console
+from vmapbn_flax.sweeps.pictures import plot_sweep
+from vmapbn_flax.sweeps.results import SELECTION, Result, Setting, read_settings
+
+
+def report(workdir: Path, file: TextIOBase | None = None) -> Result | None:
+    """Prints the ranking of the sweep in `workdir`, draws `sweep.png` there, and returns the best member.
+
+    That is the best of the best setting by validation accuracy; None where no member is done.
+
+    Args:
+      workdir: of a sweep, which may still be running.
+      file: where to print to, standard error by default.
+
+    Raises:
+      RunError: there is no sweep, or it is damaged.
+    """
+    file = file or sys.stderr
+    settings = read_settings(workdir)
+    rows = [(rank, *_cells(setting)) for rank, setting in enumerate(settings, start=1)]
+    header = ("", "setting", "seeds done", "validation accuracy", "test accuracy", "not done")
+    console.table(rows, header, file=file)
+    picture = workdir / "sweep.png"
+    plot_sweep(settings, picture)
+    print(f"picture: {picture}", file=file)
+    best = settings[0].best() if settings else None
+    if best is not None:
+        print(f"best: {best.name}, validation accuracy {best.figure(SELECTION):.2%}", file=file)
+        print(f"python train.py --config=configs/saved.py:{workdir / best.name}", file=file)
+    return best
+
+
+def _cells(setting: Setting) -> Sequence[str]:
+    others = Counter(
+        f"diverged at step {member.step}" if member.status == "diverged" else member.status
+        for member in setting.members
+        if member.status != "done"
+    )
+    done = sum(member.status == "done" for member in setting.members)
+    return (
+        setting.label,
+        f"{done} of {len(setting.members)}",
+        _spread(setting.figures(SELECTION)),
+        _spread(setting.figures("test_accuracy")),
+        ", ".join(f"{count} {what}" for what, count in others.items()),
+    )
+
+
+def _spread(figures: Sequence[float]) -> str:
+    """The mean, and over more than one the standard deviation."""
+    if not figures:
+        return ""
+    deviation = f" ± {100 * statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
+    return f"{100 * statistics.mean(figures):.2f}{deviation} %"

@@ -1,0 +1,94 @@
+"""What a sweep found: read from its ledger and its members' rows, and ranked by validation accuracy."""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.files import read_json, read_lines
+from vmapbn_flax.sweeps.expand import expand
+from vmapbn_flax.sweeps.ledger import FILE, Ledger
+
+SELECTION = "validation_accuracy"
+
+
+class Result(NamedTuple):
+    """A member, and where it has come to."""
+
+    name: str
+    values: dict[str, Any]  # of the swept fields
+    status: str
+    step: int
+    rows: list[dict[str, Any]]  # of its metrics.jsonl, as far as its sweep trained it
+
+    def figure(self, name: str) -> float | None:
+        """The last evaluation's `name`, of a member that has come to its end."""
+        if self.status != "done":
+            return None
+        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
+
+
+class Setting(NamedTuple):
+    """Members that differ in their seed alone."""
+
+    label: str
+    values: dict[str, Any]  # of the swept fields but the seed
+    members: list[Result]
+
+    def figures(self, name: str) -> list[float]:
+        """`figure` of each member that has one."""
+        found = (member.figure(name) for member in self.members)
+        return [figure for figure in found if figure is not None]
+
+    def best(self) -> Result | None:
+        """The member that selection prefers."""
+        done = [member for member in self.members if member.figure(SELECTION) is not None]
+        return max(done, key=lambda member: member.figure(SELECTION), default=None)
+
+
+def read_settings(workdir: Path) -> list[Setting]:
+    """The settings of the sweep in `workdir`, the best mean validation accuracy first.
+
+    A setting with members that have none, for they diverged, failed or are not done, comes after those
+    without. Test accuracy has no say.
+
+    Raises:
+      RunError: there is no sweep, or it is damaged.
+    """
+    if not (workdir / FILE).exists():
+        raise RunError(f"{workdir}: got no {FILE}, expected the workdir of a sweep, such as runs/sweep_lr")
+    ledger = Ledger(workdir)
+    try:
+        members = expand(ConfigDict(read_json(workdir / "config.json")))
+    except (AttributeError, KeyError, TypeError, UsageError) as error:
+        raise RunError(f"{workdir}/config.json: got a config that does not fit ({error}), expected a sweep's") from None
+    results = [
+        _read(workdir / member.name, member.name, member.values, ledger.members[member.name])
+        for member in members
+        if member.name in ledger.members
+    ]
+    return sorted(_by_setting(results), key=_rank)
+
+
+def _read(workdir: Path, name: str, values: dict[str, Any], entry: dict[str, Any]) -> Result:
+    rows = [row for _, row in read_lines(workdir / "metrics.jsonl")]
+    if entry["status"] in ("done", "diverged"):  # it may have been continued alone since
+        rows = [row for row in rows if row["step"] <= entry["step"]]
+    return Result(name, values, entry["status"], entry["step"], rows)
+
+
+def _by_setting(results: Iterable[Result]) -> list[Setting]:
+    settings: dict[str, Setting] = {}
+    for result in results:
+        values = {name: value for name, value in result.values.items() if name != "seed"}
+        label = ", ".join(part for part in result.name.split(",") if not part.startswith("seed=")) or "all seeds"
+        settings.setdefault(label, Setting(label, values, [])).members.append(result)
+    return list(settings.values())
+
+
+def _rank(setting: Setting) -> tuple[bool, float]:
+    found = setting.figures(SELECTION)
+    return len(found) < len(setting.members), -statistics.mean(found) if found else 0.0
