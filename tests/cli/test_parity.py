@@ -111,12 +111,12 @@ def test_no_norm_has_nothing_to_compare():
 
 @pytest.mark.parametrize(("apart", "status"), [(0.0, 0), (2e-5, 1), (np.nan, 1)])
 def test_exit_status(unchecked, monkeypatch, capsys, apart, status):
-    from vmapbn_flax.cli.main import main as cli
+    from vmapbn_flax.cli.main import main
 
     row = module.Difference("outputs of the first batch", apart, apart / 1e-7, apart, 1e-5)
     monkeypatch.setattr(module, "parity", lambda config: [row._replace(relative=0.0), row])
     monkeypatch.setattr("vmapbn_flax.cli.flags.parse_config", lambda arguments: (small.config(), None))
-    assert cli.main(["parity", "--config=configs/tiny.py"]) == status
+    assert main(["parity", "--config=configs/tiny.py"]) == status
     lines = capsys.readouterr().out.splitlines()
     assert sum(row.what in line for line in lines) == 2
     assert sum("NO" in line for line in lines) == status

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import small
 from vmapbn_flax.cli import selftest as module
 from vmapbn_flax.cli.flags import parse_config
-from vmapbn_flax.cli.main import main as cli
+from vmapbn_flax.cli.main import main
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore, saved_steps
 from vmapbn_flax.training.programs import Programs
@@ -24,7 +24,7 @@ def selftest(train):
     """The exit status of the command, with `train` for its processes, and a line of its table for each comparison."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(module, "_train", train)
-        status = cli.main(["selftest", *FLAGS])
+        status = main(["selftest", *FLAGS])
     lines = (re.split(r" {2,}", line.strip()) for line in out.getvalue().splitlines())
     return status, [tuple(line) for line in lines if len(line) == 3][1:]
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tests.sweeps import test_sweep
-from vmapbn_flax.cli.main import main as cli
+from vmapbn_flax.cli.main import main
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.report import report
@@ -113,12 +113,12 @@ def test_what_a_member_did_alone_does_not_count(tmp_path):
 
 def test_command(tmp_path, capsys):
     workdir = write_sweep(tmp_path / "sweep", by_hand())
-    assert cli.main(["report", str(workdir)]) == 0
+    assert main(["report", str(workdir)]) == 0
     assert "best: learning_rate=0.01,seed=1, validation accuracy 92.00%" in capsys.readouterr().out
 
 
 def test_no_sweep(tmp_path, capsys):
     with pytest.raises(RunError, match=r"got no sweep\.json, expected the workdir of a sweep"):
         report(tmp_path)
-    assert cli.main(["report", str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1

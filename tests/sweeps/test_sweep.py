@@ -13,7 +13,7 @@ import pytest
 
 from configs import default, saved, sweep_best, sweep_lr, sweep_norm, sweep_width
 from tests.helpers import small
-from vmapbn_flax.cli.main import main as cli
+from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
 from vmapbn_flax.runs import train as loop
@@ -208,7 +208,7 @@ def test_bad_sweep(swept, changes, message, tmp_path):
     ["--config.sweep.seed=()", "--config.sweep.sed=(1,)", "--config.sweep.seed=(0, 0)", "--config.sweep.seed=(0, 'a')"],
 )
 def test_bad_sweep_is_one_line(override, tmp_path, capsys):
-    assert cli.main(["train", "--config=configs/sweep_lr.py", override, f"--workdir={tmp_path}/sweep"]) == 2
+    assert main(["train", "--config=configs/sweep_lr.py", override, f"--workdir={tmp_path}/sweep"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
