@@ -21,10 +21,10 @@ from vmapbn_flax.config import of_one_process
 from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 from vmapbn_flax.multihost import distributed
 from vmapbn_flax.training.metrics import EvalMetrics
-from vmapbn_flax.training.programs import PARTS, Programs
+from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.state import TrainState
 
-_END, _CHANGE, _COMPILE, _COMPILE_MEASURE, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE, _FETCH = range(10)
+_END, _CHANGE, _COMPILE, _COMPILE_MEASURE, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE = range(9)
 
 _PIECE_BYTES = 2**26
 
@@ -115,8 +115,6 @@ class Group:
                     state = programs.fresh_metrics(state)
                 elif call == _MEASURE:
                     programs.measure(state)
-                elif call == _FETCH:
-                    programs.fetch(state, list(PARTS)[numbers[0]])
 
     def exchange(self, *numbers: int) -> Int[np.ndarray, "processes 4"]:
         """Up to four numbers of each process, the same in all of them, once all of them have called this."""
@@ -217,14 +215,9 @@ class _Announced:
         self._leader.announce(_FRESH_METRICS)
         return self._programs.fresh_metrics(state)
 
-    def measure(self, state: TrainState) -> dict[str, EvalMetrics]:
+    def measure(self, state: TrainState) -> list[dict[str, EvalMetrics]]:
         self._leader.announce(_MEASURE)
         return self._programs.measure(state)
-
-    def fetch(self, state: TrainState, part: str = "state") -> PyTree:
-        if not self._programs.is_whole:
-            self._leader.announce(_FETCH, list(PARTS).index(part))
-        return self._programs.fetch(state, part)
 
 
 @contextlib.contextmanager

@@ -11,16 +11,16 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from vmapbn_flax.runs import console
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore_latest
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.files import write_json
+from vmapbn_flax.runs import console
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore_latest
+from vmapbn_flax.runs.record import Record
+from vmapbn_flax.runs.timing import Timing
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs, figures
-from vmapbn_flax.runs.record import Record
 from vmapbn_flax.training.state import steps_in
-from vmapbn_flax.runs.timing import Timing
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
 
@@ -117,13 +117,15 @@ class Run:
     def _advance(self, count: int) -> float:
         """Takes `count` steps and writes the training rows if they are due; returns the seconds it took."""
         # A copy: on the CPU what comes back is a view of a buffer that the step writes to.
-        before = jax.tree.map(np.array, self._each("batch_stats")) if self.step == 0 else None
+        before = jax.tree.map(np.array, self._programs.split(self._state.batch_stats)) if self.step == 0 else None
         with self._timing.clock("train") as clock:
             self._state = self._programs.advance(self._state, self.step, count)
-            counters = self._each("counters")
+            state = self._state
+            counters = self._programs.split((state.step, state.skipped_steps, state.skipped_in_a_row))
         self.step += count
         if before is not None:
-            for old, new, (_, skipped, _) in zip(before, self._each("batch_stats"), counters, strict=True):
+            after = self._programs.split(self._state.batch_stats)
+            for old, new, (_, skipped, _) in zip(before, after, counters, strict=True):
                 if not skipped:
                     _require_moved(old, new)
         for record, (step, _, in_a_row) in zip(self._records, counters, strict=True):
@@ -136,22 +138,17 @@ class Run:
             self._write_rows([int(skipped) for _, skipped, _ in counters])
         return clock.seconds
 
-    def _each(self, part: str) -> list[Any]:
-        """A part of the state, of each record, on the host."""
-        return self._programs.split(self._programs.fetch(self._state, part))
-
     def _write_rows(self, skipped_steps: Sequence[int]) -> None:
-        rates = self._programs.split(jax.device_get(self._programs.learning_rate(self.step - 1)))
-        for record, measured, skipped, rate in zip(
-            self._records, self._each("metrics"), skipped_steps, rates, strict=True
-        ):
+        rates = self._programs.learning_rates(self.step - 1)
+        metrics = self._programs.split(self._state.metrics)
+        for record, measured, skipped, rate in zip(self._records, metrics, skipped_steps, rates, strict=True):
             if not record.stopped:
-                record.trained(self.step, measured, skipped, float(rate))
+                record.trained(self.step, measured, skipped, rate)
         self._state = self._programs.fresh_metrics(self._state)
 
     def _diverged(self, record: Record, step: int) -> None:
         """What becomes of a run whose last steps, up to `step`, were not finite: here, its end."""
-        rate = float(self._programs.learning_rate(step - 1))
+        (rate,) = self._programs.learning_rates(step - 1)
         raise RunError(
             f"{record.workdir}: got {self._config.train.max_skipped_steps} steps in a row whose loss or gradients "
             f"are not finite, up to step {step} at learning rate {rate:.3g}; expected finite ones. The last "
@@ -166,7 +163,7 @@ class Run:
     def _evaluate_and_save(self) -> list[dict[str, float]]:
         """The figures of every record, or of a stopped one nothing."""
         with self._timing.clock("evaluate"):
-            measured = self._programs.split(self._programs.measure(self._state))
+            measured = self._programs.measure(self._state)
             results = [{} if record.stopped else figures(m) for record, m in zip(self._records, measured, strict=True)]
         for record in self._active():
             if not record.is_evaluated(self.step):
@@ -178,7 +175,7 @@ class Run:
         with self._timing.clock("checkpoint"):
             for record in self._active():
                 record.flush()  # the rows of a checkpoint are on the disk before it is
-            self._checkpoints.save(self.step, self._programs.fetch(self._state), **self._described())
+            self._checkpoints.save(self.step, self._programs.snapshot(self._state), **self._described())
 
     def _described(self) -> dict[str, Any]:
         """What a checkpoint is saved with."""

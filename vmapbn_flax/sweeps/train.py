@@ -24,7 +24,7 @@ from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.plan import Datasets, make_plan
 from vmapbn_flax.sweeps.progress import SweepProgress
 from vmapbn_flax.training import mesh
-from vmapbn_flax.training.members import GroupPrograms
+from vmapbn_flax.training.programs import Programs
 
 
 def train_sweep(config: ConfigDict, workdir: Path) -> Ledger | None:
@@ -42,7 +42,7 @@ def train_sweep(config: ConfigDict, workdir: Path) -> Ledger | None:
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     members = {member.name: member for member in expand(config)}
-    mesh.divide_cpu(config, sweep=True)
+    mesh.divide_cpu(config.mesh, sweep=True)
     with processes.joined(config) as group:
         config, datasets = group.config, Datasets()
         with group.together():
@@ -68,22 +68,22 @@ class _ProgramsOf:
     """Called with the numbers of some members, makes their programs, or takes the last ones if those will do.
 
     Raises:
-      UsageError: see `GroupPrograms`.
+      UsageError: see `Programs`.
     """
 
     def __init__(self, members: Sequence[Member], datasets: Datasets):
         self._members, self._datasets = members, datasets
         self._last, self._compiled_for = None, None
 
-    def __call__(self, numbers: Sequence[int]) -> GroupPrograms:
+    def __call__(self, numbers: Sequence[int]) -> Programs:
         configs = [self._members[number].config for number in numbers]
         key = (len(configs), program_key(configs[0]))
         if self._last is not None and key == self._compiled_for:
             self._last = self._last.with_members(configs)
         else:
             self.forget()
-            dataset, devices = self._datasets.of(configs[0]), mesh.member_mesh(configs[0], len(configs))
-            self._last, self._compiled_for = GroupPrograms(configs, dataset, devices), key
+            dataset, devices = self._datasets.of(configs[0]), mesh.member_mesh(configs[0].mesh, len(configs))
+            self._last, self._compiled_for = Programs(configs, dataset, devices), key
         return self._last
 
     def forget(self) -> None:
@@ -138,9 +138,7 @@ def _train_groups(
 class GroupRun(Run):
     """The runs of a group in one program: `Run` with many records, and a checkpoint of them all."""
 
-    def __init__(
-        self, records: Sequence[Record], directory: Path, programs: GroupPrograms, started: float, ledger: Ledger
-    ):
+    def __init__(self, records: Sequence[Record], directory: Path, programs: Programs, started: float, ledger: Ledger):
         for record in records:
             record.stopped = ledger.is_over(record.name)  # diverged, before the group was interrupted
         self._ledger = ledger
@@ -169,7 +167,7 @@ class GroupRun(Run):
 
     def _diverged(self, record: Record, step: int) -> None:
         """Marks the member, which the step has frozen, and lets the others train on."""
-        with self._saving(record, self._each("state")[self._records.index(record)], step):
+        with self._saving(record, self._programs.held(self._state)[self._records.index(record)], step):
             record.stopped = True
         most = self._config.train.max_skipped_steps
         self._ledger.mark([record.name], "diverged", step, f"{most} steps in a row not finite, up to step {step}")
@@ -178,9 +176,9 @@ class GroupRun(Run):
         """Writes each member's checkpoint and summary, and marks it done; returns the summaries."""
         summaries = {}
         with self._timing.clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
-            for record, state in zip(self._records, self._each("state"), strict=True):
-                if not record.stopped:
-                    stack.enter_context(self._saving(record, state, self.step))
+            for number, state in self._programs.held(self._state).items():
+                if not self._records[number].stopped:
+                    stack.enter_context(self._saving(self._records[number], state, self.step))
         device = mesh.device_name(self._programs.devices)
         for record in self._active():
             summaries[record.name] = record.finish(self.step, [self.step], self._timing.seconds(), device)
