@@ -81,7 +81,7 @@ def make_epochs(programs: Programs, state=None) -> Callable[[], None]:
 def make_ours(dataset: Dataset, norm: str) -> Callable[[], None]:
     config = long_config()
     config.model.norm = norm
-    return make_epochs(Programs(config, dataset))
+    return make_epochs(Programs([config], dataset))
 
 
 def make_floor_epoch(dataset: Dataset) -> Callable[[], None]:

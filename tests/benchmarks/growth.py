@@ -10,7 +10,6 @@ from measure import Times, median, say, spread, table, take_turns
 
 from vmapbn_flax.data import Dataset, Split, load_dataset
 from vmapbn_flax.training import mesh
-from vmapbn_flax.training.members import GroupPrograms
 from vmapbn_flax.training.programs import Programs
 
 BATCHES = (32, 128, 512, 2048, 8192)
@@ -51,7 +50,7 @@ def of_batches_or_widths(dataset: Dataset, images: jax.Array, field: str, values
         config = long_config()
         config.update_from_flattened_dict({field: value})
         size, label = config.train.batch_size, str(value[0] if isinstance(value, tuple) else value)
-        turn, examples = make_turn(Programs(config, dataset), size)
+        turn, examples = make_turn(Programs([config], dataset), size)
         turns[label] = turn, examples
         turns[f"{label} floor"] = make_floor(config, images, examples // size), examples
     return turns
@@ -66,7 +65,7 @@ def repeated(dataset: Dataset, examples: int) -> Dataset:
 def of_data(dataset: Dataset, sizes: tuple) -> dict[str, Turn]:
     turns = {}
     for size in sizes:
-        programs = Programs(long_config(), repeated(dataset, size))
+        programs = Programs([long_config()], repeated(dataset, size))
         turns[f"{size:,}"] = make_epochs(programs), programs.steps_per_epoch * 128
     return turns
 
@@ -77,8 +76,8 @@ def of_members(dataset: Dataset, counts: tuple) -> dict[str, Turn]:
         configs = [long_config() for _ in range(count)]
         for seed, config in enumerate(configs):
             config.seed = seed
-        devices = mesh.member_mesh(configs[0], 1)
-        turns[str(count)] = make_turn(GroupPrograms(configs, dataset, devices), 128 * count)
+        devices = mesh.member_mesh(configs[0].mesh, 1)
+        turns[str(count)] = make_turn(Programs(configs, dataset, devices), 128 * count)
     return turns
 
 

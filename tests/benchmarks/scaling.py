@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 from configs import default  # noqa: E402
 from vmapbn_flax.data import Dataset, load_dataset  # noqa: E402
 from vmapbn_flax.training import mesh, steps  # noqa: E402
-from vmapbn_flax.training.members import GroupPrograms  # noqa: E402
 from vmapbn_flax.training.programs import Programs  # noqa: E402
 
 HOP_SECONDS = 4e-6  # from one device to another, software included
@@ -47,7 +46,7 @@ def config(**changes) -> ConfigDict:
 def step_collectives(dataset: Dataset, **changes) -> list[tuple[str, int]]:
     """The kind and the bytes of each collective in a step over 8 devices."""
     of_run = config(mesh__data=8, **changes)
-    programs = Programs(of_run, dataset, mesh.solo_mesh(of_run))
+    programs = Programs([of_run], dataset, mesh.solo_mesh(of_run.mesh))
     programs.advance(programs.create(), 0, 1)
     found = []
     for match in COLLECTIVE.finditer(programs.compiler["train"].as_text()):
@@ -71,7 +70,7 @@ def step_bytes(dataset: Dataset, members: int, width: int) -> tuple[int, int]:
     """What a step of `members` on one device holds at its peak: states, and everything else but the data set."""
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (mesh.MEMBER, mesh.DATA))
     configs = [config(seed=seed, model__hidden=(width,) * 3) for seed in range(members)]
-    programs = GroupPrograms(configs, dataset, one)
+    programs = Programs(configs, dataset, one)
     state = programs.template()
     order = jax.ShapeDtypeStruct((members, len(dataset.train)), np.int32)
     arguments = (state, programs.hyper, *programs._data["train"], order, np.int32(0), np.int32(1))

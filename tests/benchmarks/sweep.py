@@ -19,7 +19,7 @@ from measure import ROOT, count, fastest, median, ratio, say, spread, table, tim
 
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.training import mesh
-from vmapbn_flax.training.members import GroupPrograms
+from vmapbn_flax.training.programs import Programs
 
 DEVICES = (1, 2)
 
@@ -40,7 +40,7 @@ def make_member_epochs(members: int, dataset: Dataset) -> Callable[[], None]:
     configs = [long_config() for _ in range(members)]
     for seed, config in enumerate(configs):
         config.seed, config.optimizer.learning_rate = seed, 1e-3 * (1 + seed)
-    programs = GroupPrograms(configs, dataset, mesh.member_mesh(configs[0], members))
+    programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, members))
     # Compiles it, so that the first round need not be a whole epoch.
     return make_epochs(programs, jax.block_until_ready(programs.advance(programs.create(), 0, 1)))
 

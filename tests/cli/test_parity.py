@@ -91,7 +91,8 @@ def test_real_mnist():
 def test_broken_variant_is_caught(monkeypatch):
     """One variant with another epsilon, which is nothing but an argument of its programs."""
 
-    def broken(config, dataset):
+    def broken(configs, dataset):
+        (config,) = configs
         if config.model.norm == "vmap":
             return small.programs()
         programs = copy.copy(small.programs(model__norm="batched"))

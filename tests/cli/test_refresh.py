@@ -36,7 +36,7 @@ def refreshed(tmp_path_factory):
 
 def load(workdir):
     config = evaluate_module.load_config(workdir)
-    template = Programs(config, small.mnist()).template()
+    template = Programs([config], small.mnist()).template()
     directory = workdir / "checkpoints"
     return restore(directory, saved_steps(directory)[-1], template)
 

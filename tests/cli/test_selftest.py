@@ -45,7 +45,7 @@ def real(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def programs():
-    return Programs(parse_config(FLAGS)[0], small.mnist())
+    return Programs([parse_config(FLAGS)[0]], small.mnist())
 
 
 def test_stopped_and_resumed(real, programs):

@@ -56,7 +56,7 @@ def mnist():
 @functools.cache
 def programs(**changes):
     """The programs of `config(**changes)` on `dataset()`, compiled once for all tests."""
-    return Programs(config(**changes), dataset())
+    return Programs([config(**changes)], dataset())
 
 
 def hyper(config, **changes):
@@ -72,7 +72,11 @@ def start():
 @functools.cache
 def train_step(**changes):
     """The compiled step of `config(**changes)`; most of the time of these tests is compiling."""
-    return jax.jit(make_train_step(config(**changes), CLASSES))
+    return jax.jit(step_of(config(**changes)))
+
+
+def step_of(config):
+    return make_train_step(config.model, config.optimizer, config.train.max_skipped_steps, CLASSES)
 
 
 @functools.cache
@@ -84,8 +88,9 @@ def members():
     hypers = [
         hyper(shared, learning_rate=rate).replace(seed=np.uint32(seed)) for seed, rate in ((0, 0.1), (1, 0.1), (0, 1.0))
     ]
-    start = jax.jit(jax.vmap(functools.partial(create_state, shared, CLASSES, FEATURES)))(stack(hypers))
-    step = jax.jit(jax.vmap(make_train_step(shared, CLASSES), in_axes=(0, 0, None)))
+    create = functools.partial(create_state, shared.model, shared.optimizer, CLASSES, FEATURES)
+    start = jax.jit(jax.vmap(create))(stack(hypers))
+    step = jax.jit(jax.vmap(step_of(shared), in_axes=(0, 0, None)))
     return shared, hypers, start, step
 
 

@@ -4,16 +4,16 @@ import shutil
 import signal
 
 import pytest
+
 from tests.helpers import small
 from tests.helpers.runs import CONFIG, command, leftovers, outcome, state_bytes
 from tests.runs.test_metrics import scalars
-
+from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.runs import train as loop
 from vmapbn_flax.runs.checkpoints import saved_steps
-from vmapbn_flax.cli.flags import parse_config
-from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.runs.record import Record
+from vmapbn_flax.training.programs import Programs
 
 TOTAL = 30  # 6 steps an epoch, for 5 epochs
 
@@ -23,8 +23,8 @@ def small_and_compiled_once():
     """One compilation serves all runs, and none draws; in tests/faults/ each is a process that does both."""
     programs = {}
 
-    def compiled(config, dataset, devices):
-        return programs.setdefault(config.to_json(), Programs(config, dataset, devices))
+    def compiled(configs, dataset, devices):
+        return programs.setdefault(configs[0].to_json(), Programs(configs, dataset, devices))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "load_dataset", lambda *where: small.dataset())

@@ -23,7 +23,7 @@ from vmapbn_flax.sweeps import train as sweep
 from vmapbn_flax.sweeps.expand import chunk, expand, group
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh, steps
-from vmapbn_flax.training.members import GroupPrograms, member_bytes
+from vmapbn_flax.training.members import member_bytes
 from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.state import TRACED_FIELDS, make_hyperparameters
 
@@ -69,11 +69,11 @@ def compilations():
     with pytest.MonkeyPatch.context() as patch:
         original = steps.make_train_step
 
-        def make_train_step(config, num_classes):
-            step = original(config, num_classes)
+        def make_train_step(*settings):
+            step = original(*settings)
 
             def traced(*arguments):
-                compiled.append(config)
+                compiled.append(settings)
                 return step(*arguments)
 
             return traced
@@ -270,7 +270,7 @@ def test_eight_members_one_compilation(eight):
 
 def test_finished_sweep_trains_nothing(eight, monkeypatch):
     before = figures(eight[0]), ledger_of(eight[0])
-    monkeypatch.setattr(GroupPrograms, "create", None)
+    monkeypatch.setattr(Programs, "create", None)
     sweep.train_sweep(sweep_config(), eight[0])
     assert (figures(eight[0]), ledger_of(eight[0])) == before
 
@@ -294,15 +294,15 @@ def test_member_equals_its_run(eight, member, tmp_path):
 def test_batches_are_those_of_each_seed():
     configs = [member.config for member in expand(sweep_config({"seed": (3, 4, 5)}))]
     dataset = small.dataset(20)
-    programs = GroupPrograms(configs, dataset, mesh.member_mesh(configs[0], 3))
+    programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, 3))
     state = programs.advance(programs.create(), 0, 1)
-    for config, member in zip(configs, programs.split(programs.fetch(state)), strict=True):
-        alone = Programs(config, dataset)
+    for config, member in zip(configs, programs.held(state).values(), strict=True):
+        alone = Programs([config], dataset)
         small.assert_close(member, alone.advance(alone.create(), 0, 1))
 
 
 def test_signal_saves(eight, tmp_path, monkeypatch):
-    advance, calls = GroupPrograms.advance, []
+    advance, calls = Programs.advance, []
 
     def advance_and_signal(*arguments):
         calls.append(arguments)
@@ -310,7 +310,7 @@ def test_signal_saves(eight, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return advance(*arguments)
 
-    monkeypatch.setattr(GroupPrograms, "advance", advance_and_signal)
+    monkeypatch.setattr(Programs, "advance", advance_and_signal)
     with pytest.raises(Interrupted) as stop:
         sweep.train_sweep(sweep_config(), tmp_path / "sweep")
     assert stop.value.exit_status == 143
@@ -335,7 +335,7 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         assert sweep.train_sweep(config, workdir).count("failed") == 0
     for name in ("learning_rate=0.01", "learning_rate=0.03"):
         assert (workdirs[0] / name / "metrics.jsonl").read_text() == (workdirs[1] / name / "metrics.jsonl").read_text()
-        template = Programs(healthy_config := expand(healthy)[0].config, small.dataset(20)).template()
+        template = Programs([healthy_config := expand(healthy)[0].config], small.dataset(20)).template()
         assert healthy_config.train.max_skipped_steps == 4
         states = [restore(workdir / name / "checkpoints", STEPS, template) for workdir in workdirs]
         small.assert_same_bits(*states)
@@ -373,20 +373,20 @@ def test_widths_are_groups(tmp_path, compilations):
 )
 def test_group_that_fails(on_failure, statuses, tmp_path, monkeypatch):
     config = sweep_config({"model__hidden": ((4,), (5,))}, sweep_options__on_failure=on_failure)
-    create = GroupPrograms.create
+    create = Programs.create
 
     def fail_first(programs):
-        if jax.tree.leaves(programs.template().params)[0].shape == (1, 4):
+        if jax.tree.leaves(programs.template().params)[0].shape == (4,):
             raise RunError("out of luck")
         return create(programs)
 
-    monkeypatch.setattr(GroupPrograms, "create", fail_first)
+    monkeypatch.setattr(Programs, "create", fail_first)
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
     assert [entry["status"] for entry in ledger.members.values()] == statuses
     assert ledger.members["hidden=4"]["reason"] == "RunError: out of luck"
     if on_failure == "continue":
         return
-    monkeypatch.setattr(GroupPrograms, "create", create)
+    monkeypatch.setattr(Programs, "create", create)
     again = sweep.train_sweep(config, tmp_path / "sweep")
     assert [entry["status"] for entry in again.members.values()] == ["done", "done"]
     assert again.members["hidden=4"]["reason"] == ""
@@ -457,7 +457,7 @@ def test_memory_estimate_is_of_the_right_size(real_data):
     dataset = small.mnist()
     needs = []
     for count in (1, 3):
-        programs = GroupPrograms([config] * count, dataset, mesh.member_mesh(config, 1))
+        programs = Programs([config] * count, dataset, mesh.member_mesh(config.mesh, 1))
         programs.advance(programs.create(), 0, 1)
         analysis = programs.compiler["train"].memory_analysis()
         needs.append(analysis.temp_size_in_bytes + analysis.argument_size_in_bytes)
@@ -474,17 +474,17 @@ from tests.helpers import small
 from tests.sweeps import test_sweep
 from vmapbn_flax.training import mesh
 from vmapbn_flax.sweeps.expand import expand
-from vmapbn_flax.training.members import GroupPrograms
+from vmapbn_flax.training.programs import Programs
 
 configs = [member.config for member in expand(test_sweep.sweep_config({"seed": (0, 1, 2)}))]
-devices = mesh.member_mesh(configs[0], 3)
-programs = GroupPrograms(configs, small.dataset(20), devices)
+devices = mesh.member_mesh(configs[0].mesh, 3)
+programs = Programs(configs, small.dataset(20), devices)
 state = programs.advance(programs.create(), 0, 5)
-state = programs.place(programs.fetch(state))
+state = programs.place(programs.snapshot(state))
 state = programs.advance(state, 5, 5)
 text = programs.compiler["train"].as_text()
 assert "all-" not in text and "collective" not in text
-leaves = jax.tree.leaves(programs.fetch(state))
+leaves = jax.tree.leaves(programs.snapshot(state))
 np.savez(sys.argv[1], devices=devices.size, **{str(i): leaf for i, leaf in enumerate(leaves)})
 """
 

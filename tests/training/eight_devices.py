@@ -12,7 +12,7 @@ from tests.helpers import small
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.training import mesh
-from vmapbn_flax.training.members import GroupPrograms
+from vmapbn_flax.training.layout import InBatches
 from vmapbn_flax.training.programs import Programs
 
 STEPS = 50
@@ -27,7 +27,7 @@ GHOSTS = {"train__batch_size": 24, "model__ghost_batch_size": 8}  # three groups
 @functools.cache
 def make(devices, **changes):
     config = small.config(**SGD | {"mesh__data": devices} | changes)
-    return Programs(config, small.dataset(), mesh.solo_mesh(config))
+    return Programs([config], small.dataset(), mesh.solo_mesh(config.mesh))
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def test_streamed_data_set(devices, changes):
     """Windows of two batches, of which each device holds its share; batches and ghosts that do not divide."""
     limit = 4.1 * (changes.get("train__batch_size", small.BATCH) * (small.FEATURES + 4)) / 1e9
     config = small.config(**SGD | changes, mesh__data=devices, data__memory_limit=limit, train__eval_batch_size=5)
-    programs = Programs(config, dataclasses.replace(small.dataset(), streamed=True), mesh.solo_mesh(config))
+    programs = Programs([config], dataclasses.replace(small.dataset(), streamed=True), mesh.solo_mesh(config.mesh))
     assert_equal(train_on(programs, programs.place(first_state()), 0), trained(1, **changes), 1e-5)
     images, labels, _, _ = programs._position(0)
     padded = programs.layout.padded(config.train.batch_size, config.model.ghost_batch_size or 1)
@@ -134,7 +134,7 @@ def test_streamed_data_set(devices, changes):
 
 def test_what_a_process_reads(monkeypatch):
     """Of four with two devices each: the second, the last and the first. Padding is nobody's to read."""
-    layout = make(8).layout
+    layout = InBatches(mesh.solo_mesh(small.config(mesh__data=8).mesh))
     batches = np.arange(2 * 14).reshape(2, 14)
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -242,7 +242,7 @@ def test_restored_on_another_count(tmp_path, before, after):
         state = programs.advance(state, step, 1)
     saved = jax.device_get(state)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(20, programs.fetch(state), {})
+    checkpoints.save(20, programs.snapshot(state), {})
     checkpoints.close()
     metadata = (tmp_path / "20" / "state" / "_METADATA").read_text()
     assert set(re.findall(r'"value_type": "([\w.]+)"', metadata)) == {"np.ndarray"}  # nothing of the devices it is from
@@ -261,12 +261,12 @@ def swept(**changes):
         small.config(**SGD | {"optimizer__learning_rate": rate, "seed": seed} | changes)
         for seed, rate in enumerate((0.01, 0.03, 0.05))
     ]
-    devices = mesh.member_mesh(configs[0], len(configs))
-    programs = GroupPrograms(configs, small.dataset(), devices)
+    devices = mesh.member_mesh(configs[0].mesh, len(configs))
+    programs = Programs(configs, small.dataset(), devices)
     state = programs.create()
     for step in range(0, STEPS - 2, small.STEPS_PER_EPOCH):
         state = programs.advance(state, step, small.STEPS_PER_EPOCH)
-    return devices.shape, programs.split((programs.fetch(state), programs.measure(state)))
+    return devices.shape, list(zip(programs.held(state).values(), programs.measure(state), strict=True))
 
 
 @pytest.mark.parametrize(("member", "data", "limit"), [(2, 2, 2**30), (3, 2, 0)])
@@ -279,13 +279,13 @@ def test_sweep_over_members_and_data(member, data, limit):
 
 def test_more_devices_than_there_are():
     with pytest.raises(UsageError, match=r"config\.mesh\.data: got 9, expected at most the 8 devices there are"):
-        mesh.solo_mesh(small.config(mesh__data=9))
+        mesh.solo_mesh(small.config(mesh__data=9).mesh)
     with pytest.raises(UsageError, match=r"config\.mesh\.data: got 9"):
-        mesh.member_mesh(small.config(mesh__data=9), 3)
+        mesh.member_mesh(small.config(mesh__data=9).mesh, 3)
 
 
 def test_automatic():
     """One CPU device for a run; all of them for the members of a sweep."""
-    assert mesh.solo_mesh(small.config()).shape == {"member": 1, "data": 1}
-    assert mesh.member_mesh(small.config(), 20).shape == {"member": 8, "data": 1}
-    assert mesh.member_mesh(small.config(mesh__data=3), 20).shape == {"member": 2, "data": 3}
+    assert mesh.solo_mesh(small.config().mesh).shape == {"member": 1, "data": 1}
+    assert mesh.member_mesh(small.config().mesh, 20).shape == {"member": 8, "data": 1}
+    assert mesh.member_mesh(small.config(mesh__data=3).mesh, 20).shape == {"member": 2, "data": 3}

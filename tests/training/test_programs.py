@@ -21,7 +21,7 @@ def test_counts():
 
 def test_config_that_does_not_fit_the_data():
     with pytest.raises(UsageError, match=r"config\.train\.batch_size: got 101"):
-        Programs(small.config(train__batch_size=101), small.dataset())
+        Programs([small.config(train__batch_size=101)], small.dataset())
 
 
 def test_template_is_the_state_s_shapes():
@@ -33,7 +33,7 @@ def test_template_is_the_state_s_shapes():
 
 def test_more_memory_than_there_is():
     """An error at once, of what would keep the first step waiting for ever."""
-    programs = Programs(small.config(model__hidden=(10**12,)), small.dataset())
+    programs = Programs([small.config(model__hidden=(10**12,))], small.dataset())
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         programs.create()
 
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_the_step_s_batch():
     logits, grads = programs.gradients(state, step)
     rows = epoch_permutation(0, 1, len(train))[3 * small.BATCH : 4 * small.BATCH]
     batch = Batch(jnp.array(train.images[rows].reshape(small.BATCH, -1)), jnp.array(train.labels[rows]))
-    expected, (expected_logits, _, _) = jax.jit(jax.grad(make_loss(small.config(), small.CLASSES), has_aux=True))(
+    expected, (expected_logits, _, _) = jax.jit(jax.grad(make_loss(small.config().model, small.CLASSES), has_aux=True))(
         state.params, state.batch_stats, programs.hyper, batch
     )
     small.assert_close((logits, grads), (expected_logits, expected))
@@ -66,7 +66,7 @@ def test_vmapped_and_batched_are_one_program():
 
 def _instructions(config):
     """The compiled training steps, named in the order they appear in."""
-    programs = Programs(config, small.dataset())
+    programs = Programs([config], small.dataset())
     programs.compile_ahead(0)
     text = programs.compiler["train"].as_text()
     text = text[text.index("\n%") :]  # after the table of source lines
@@ -78,7 +78,7 @@ def _instructions(config):
 
 def test_compiled_ahead():
     """Nothing is compiled twice, and a program is waited for where it is needed before it is ready."""
-    programs = Programs(small.config(), small.dataset(validation_size=20))
+    programs = Programs([small.config()], small.dataset(validation_size=20))
     state = programs.create()
     programs.compile_measure_ahead()
     ahead = dict(programs.compiler._programs)
@@ -86,21 +86,21 @@ def test_compiled_ahead():
     figures = programs.evaluate(state)
     programs.compile_measure_ahead()
     assert programs.compiler._programs == ahead
-    assert figures == Programs(small.config(), small.dataset(validation_size=20)).evaluate(state)
+    assert figures == Programs([small.config()], small.dataset(validation_size=20)).evaluate(state)
 
 
 def test_validation_split_selects():
     data = small.dataset()
     validation = small.split(21, seed=3)
     config = small.config(model__norm="none")
-    programs = Programs(config, dataclasses.replace(data, validation=validation))
+    programs = Programs([config], dataclasses.replace(data, validation=validation))
     state = programs.create()
     figures = programs.evaluate(state)
     assert programs.selection == "validation_accuracy"
     assert (figures["validation_count"], figures["test_count"]) == (21, 37)
     names = {f"{split}_{name}" for split in ("validation", "test") for name in ("loss", "accuracy", "count")}
     assert figures.keys() == names
-    swapped = Programs(config, Dataset("swapped", small.CLASSES, data.train, validation))
+    swapped = Programs([config], Dataset("swapped", small.CLASSES, data.train, validation))
     assert swapped.selection == "test_accuracy"
     for name in ("loss", "accuracy"):
         assert swapped.evaluate(state)[f"test_{name}"] == figures[f"validation_{name}"]
@@ -108,9 +108,9 @@ def test_validation_split_selects():
 
 def test_learning_rate_of_a_step():
     config = small.config(optimizer__warmup_epochs=1.0, model__norm="none")
-    programs = Programs(config, small.dataset())
-    rates = [programs.learning_rate(step) for step in (0, 3, 6, 15)]
-    np.testing.assert_allclose(rates, [0, 0.005, 0.01, 0.005], rtol=1e-6)  # cosine: half way down half way on
+    programs = Programs([config], small.dataset())
+    rates = [programs.learning_rates(step) for step in (0, 3, 6, 15)]
+    np.testing.assert_allclose(rates, [[0], [0.005], [0.01], [0.005]], rtol=1e-6)  # cosine: half way down half way on
 
 
 def test_population_statistics_by_hand():

@@ -101,7 +101,7 @@ def test_one_step_by_hand(norm):
 
 def gradient(config):
     """`(loss, statistics, gradients)` of a batch."""
-    value_and_grad = jax.value_and_grad(make_loss(config, small.CLASSES), has_aux=True)
+    value_and_grad = jax.value_and_grad(make_loss(config.model, small.CLASSES), has_aux=True)
 
     def measure(state, hyper, batch):
         (loss, (_, _, stats)), grads = value_and_grad(state.params, state.batch_stats, hyper, batch)
@@ -314,7 +314,7 @@ def four_pixels():
 def test_evaluation_by_hand(size):
     params, images, labels, answers = four_pixels()
     config = small.config(model__norm="none", model__hidden=(4,), train__eval_batch_size=size)
-    evaluate = jax.jit(steps.make_evaluate(config, 4))
+    evaluate = jax.jit(steps.make_evaluate(config.model, config.train.eval_batch_size, 4))
     metrics = evaluate(params, {}, small.hyper(config), jnp.array(images), jnp.array(labels))
     correct = (answers == labels).sum()
     assert metrics.loss.count == metrics.accuracy.count == 2500
@@ -331,7 +331,7 @@ def test_evaluation_by_hand_of_sixteen():
     labels = (answers[:16] + 1) % 4
     labels[[3, 11]] = answers[[3, 11]]
     config = small.config(model__norm="none", model__hidden=(4,), train__eval_batch_size=5)
-    evaluate = jax.jit(steps.make_evaluate(config, 4))
+    evaluate = jax.jit(steps.make_evaluate(config.model, config.train.eval_batch_size, 4))
     metrics = evaluate(params, {}, small.hyper(config), jnp.array(images[:16]), jnp.array(labels))
     assert compute(metrics)["accuracy"] == 2 / 16
 

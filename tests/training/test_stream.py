@@ -26,14 +26,14 @@ def dataset():
 
 def streamed(window_steps, data=None, **changes):
     config = small.config(data__memory_limit=LIMITS[window_steps], train__eval_batch_size=16, **changes)
-    return Programs(config, data or dataset())
+    return Programs([config], data or dataset())
 
 
 @functools.cache
 def in_memory():
     """A run's first two epochs: the state after each step, and the metrics at the end."""
     config = small.config(train__eval_batch_size=16)
-    programs = Programs(config, dataclasses.replace(dataset(), streamed=False))
+    programs = Programs([config], dataclasses.replace(dataset(), streamed=False))
     states = [jax.device_get(programs.create())]
     for step in range(2 * small.STEPS_PER_EPOCH):
         states.append(jax.device_get(programs.advance(programs.place(states[-1]), step, 1)))
@@ -111,8 +111,8 @@ def test_gradients_are_those_of_the_step_s_batch():
 @pytest.mark.parametrize("eval_batch_size", [1, 20, 1000])
 def test_every_example_counts_once(eval_batch_size):
     changes = {"train__eval_batch_size": eval_batch_size, "data__memory_limit": LIMITS[6]}
-    programs = Programs(small.config(**changes), dataset())
-    resident = Programs(small.config(**changes), dataclasses.replace(dataset(), streamed=False))
+    programs = Programs([small.config(**changes)], dataset())
+    resident = Programs([small.config(**changes)], dataclasses.replace(dataset(), streamed=False))
     state = programs.create()
     assert programs.evaluate(state) == resident.evaluate(state)
     assert programs.evaluate(state)["test_count"] == 37

@@ -66,7 +66,7 @@ def parity(config: ConfigDict) -> list[Difference]:
     for norm in ("vmap", "batched"):
         variant = config.copy_and_resolve_references()  # a deep copy: programs read it when they are compiled
         variant.model.norm = norm
-        programs.append(Programs(variant, dataset))
+        programs.append(Programs([variant], dataset))
     with contextlib.closing(programs[0]) as vmap, contextlib.closing(programs[1]) as batched:
         return _compare_programs(vmap, batched, config)
 

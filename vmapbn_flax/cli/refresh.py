@@ -34,7 +34,7 @@ def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float
             f"{dataset.gigabytes}, for {dataset.name}, whose training set is taken as one batch. "
             f"With memory for many times that, raise it in {workdir / 'config.json'}."
         )
-    programs = Programs(config, dataset)
+    programs = Programs([config], dataset)
     state = load_state(workdir, step, programs)
     refreshed = state.replace(batch_stats=programs.population_statistics(state))
     figures = {"before": programs.evaluate(state), "after": programs.evaluate(refreshed)}

@@ -65,7 +65,7 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
                 f"got a run of {total} steps that was over before it could be stopped, expected a longer one. "
                 f"Change it with --config.train.num_epochs=..."
             )
-        programs = Programs(config, dataset)  # not before: on a GPU the first process takes most of the memory
+        programs = Programs([config], dataset)  # not before: on a GPU the first process takes most of the memory
         ends = zip(_end(straight, programs), _end(resumed, programs), strict=True)
         found = [_compare(*first, second) for first, (_, _, second) in ends]
         if config.model.norm != "none":

@@ -83,7 +83,7 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
 def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
     """How many members of a group may train at once in the memory there is."""
     config = together[0].config
-    memory = mesh.memory_bytes(mesh.member_mesh(config, len(together)))
+    memory = mesh.memory_bytes(mesh.member_mesh(config.mesh, len(together)))
     return max(1, int(_MEMORY_SHARE * memory) // member_bytes(config, datasets.of(config)))
 
 
@@ -97,6 +97,6 @@ def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], d
         config = members[names[0]].config
         megabytes = len(names) * member_bytes(config, datasets.of(config)) / 1e6
         over = sum(ledger.is_over(name) for name in names)
-        devices = mesh.member_mesh(config, len(names)).size
+        devices = mesh.member_mesh(config.mesh, len(names)).size
         rows.append((number, len(names), over, devices, f"{megabytes:.0f} MB", names[0]))
     console.table(rows, ("group", "members", "over", "devices", "memory, about", "first member"))

@@ -1,6 +1,7 @@
 """Programs compiled once, ahead of the first call where there is time, and how long that and their calls take."""
 
 import copy
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +25,36 @@ _CPU_OPTIONS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to compile, and how.
+
+    Attributes:
+      name: of the compiled program; those of one name are compiled once.
+      donate: the positions of the arguments that a call uses up.
+      sharding: how the results lie on the devices; None is the default device.
+      optimise: False saves compiling time where the program hardly runs.
+      trace_in_thread: whether `Compiler.start` leaves the tracing to a thread, too. Tracing holds the interpreter:
+        while something waits for a program, two at a time only delay it.
+    """
+
+    name: str
+    function: Callable
+    donate: tuple[int, ...] = ()
+    sharding: NamedSharding | None = None
+    optimise: bool = True
+    trace_in_thread: bool = False
+
+
 class Compiler:
-    """Compiles functions, whose results lie as `sharding` says, when they are first called, or ahead of that.
+    """Compiles programs when they are first called, or ahead of that.
 
     Attributes:
       compile_seconds: how long was waited for compilation in all.
       device_seconds: how long each program ran, by name.
     """
 
-    def __init__(self, sharding: NamedSharding | None):
-        self._sharding = sharding
+    def __init__(self):
         self._programs: dict[str, Future] = {}
         self._threads = ThreadPoolExecutor(2)
         self._reset()
@@ -54,53 +75,29 @@ class Compiler:
     def __getitem__(self, name: str) -> Compiled:
         return self._programs[name].result()
 
-    def call(
-        self,
-        name: str,
-        function: Callable,
-        *arguments: Any,
-        donate: Sequence[int] = (),
-        once: bool = False,
-        here: bool = False,
-    ) -> Any:
-        """Calls `function`, compiled under `name`.
-
-        Args:
-          donate: which of the arguments it uses up.
-          once: spares the optimising of what hardly runs.
-          here: the result need not lie as `sharding` says, and no other process makes the same call.
-        """
-        program = self._programs.get(name)
-        if program is None or not program.done():
+    def call(self, program: Program, *arguments: Any) -> Any:
+        """The result of `program`, which is on the devices when this returns."""
+        compiled = self._programs.get(program.name)
+        if compiled is None or not compiled.done():
             started = time.monotonic()
-            program = program or self.start(name, function, arguments, donate, once, here)
-            program.exception()  # waits
+            compiled = compiled or self.start(program, arguments)
+            compiled.exception()  # waits
             self.compile_seconds += time.monotonic() - started
         started = time.monotonic()
         # Several programs under way at once can wait for one another's collectives for ever; a lack of memory that a
         # second program is the first to meet hangs; and a window of streamed data is let go once it was trained on.
-        result = jax.block_until_ready(program.result()(*arguments))
-        self.device_seconds[name] += time.monotonic() - started
+        result = jax.block_until_ready(compiled.result()(*arguments))
+        self.device_seconds[program.name] += time.monotonic() - started
         return result
 
-    def start(
-        self,
-        name: str,
-        function: Callable,
-        arguments: Sequence[Any],
-        donate: Sequence[int] = (),
-        once: bool = False,
-        here: bool = False,
-        trace_too: bool = False,
-    ) -> Future:
-        """Traces `function` and hands it to a thread, or with `trace_too` has that trace it; see `call`."""
-        out = None if here else self._sharding
-        options = _UNOPTIMISED if once else _CPU_OPTIONS
-        lower = partial(jax.jit(function, donate_argnums=donate, out_shardings=out).lower, *arguments)
-        # Tracing holds the interpreter: while something waits for a program, two at a time only hold it up.
-        lowered = None if trace_too else lower()
-        self._programs[name] = self._threads.submit(lambda: _compile(lowered or lower(), options))
-        return self._programs[name]
+    def start(self, program: Program, arguments: Sequence[Any]) -> Future:
+        """Has a thread compile `program` for arguments of these shapes and shardings."""
+        function = jax.jit(program.function, donate_argnums=program.donate, out_shardings=program.sharding)
+        lower = partial(function.lower, *arguments)
+        lowered = None if program.trace_in_thread else lower()
+        options = _CPU_OPTIONS if program.optimise else _UNOPTIMISED
+        self._programs[program.name] = self._threads.submit(lambda: _compile(lowered or lower(), options))
+        return self._programs[program.name]
 
 
 def _compile(lowered: Lowered, cpu_options: Mapping[str, Any]) -> Compiled:

@@ -1,6 +1,8 @@
 """How batches, and the data set that they are taken from, lie over the axis `data` of a mesh."""
 
+import abc
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,47 +11,64 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, UInt8
 
-from vmapbn_flax.data import Split
+from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.training.mesh import DATA, put
 
+Arrays = tuple[Array, Array]  # images, `(..., features)`, and labels
 
-class Layout:
-    """How batches, and the data set that they are taken from, lie over the axis `data` of a mesh.
 
-    A batch is split by examples. The images of the data set, `(examples, features)`, lie whole on every
-    device or, `by_columns`, a share of the features of each on every device. Then too a device takes the
-    examples of a batch without asking another, and one all-to-all makes whole images of their parts,
-    which moves as many bytes as the batch has. What is streamed, and so in order when it is read, lies
-    `in_batches`, `(batches, batch, features)`: a process reads, and a device holds, its share of each.
+def make_layout(devices: Mesh | None, dataset: Dataset, replicate_limit: int) -> "Layout":
+    """The layout of `dataset` on a mesh, or on the default device.
+
+    Args:
+      replicate_limit: the bytes of `dataset` up to which each device holds all of it.
+    """
+    if devices is None or devices.shape[DATA] == 1:
+        return OneDevice(devices)
+    if dataset.streamed:
+        return InBatches(devices)
+    if dataset.nbytes > replicate_limit:
+        return Columns(devices, math.prod(dataset.train.image_shape))
+    return Whole(devices)
+
+
+class Layout(abc.ABC):
+    """A batch is split by examples over the devices; where the data set lies, each layout says.
+
+    Attributes:
+      count: how many devices a batch is split over.
+      held: what each device has of the data set, in words.
     """
 
-    def __init__(self, devices: Mesh | None = None, *, by_columns: bool = False, in_batches: bool = False):
+    held = "the data set"
+
+    def __init__(self, devices: Mesh | None):
         self.count = devices.shape[DATA] if devices is not None else 1
-        self.in_batches = in_batches and self.count > 1
-        self.by_columns = by_columns and self.count > 1 and not self.in_batches
-        self._devices, self._num_features = devices, None
+        self._devices = devices
 
-    def put(self, split: Split) -> tuple[Array, Array]:
-        """The images and labels of examples, all of them in each process."""
-        images, labels = split.images.reshape(len(split), -1), split.labels
-        self._num_features = images.shape[1]
-        if self.by_columns:
-            images = np.pad(images, ((0, 0), (0, -images.shape[1] % self.count)))  # features that divide
-        columns = self._sharding(None, DATA) if self.by_columns else self._sharding()
-        return put(images, columns), put(labels, self._sharding())
+    def put(self, split: Split) -> Arrays:
+        """The images and labels of examples, which every process has all of, on the devices."""
+        return put((_flat(split), split.labels), self._sharding())
 
-    def share(self, batches: Int[np.ndarray, "batches batch"], group: int = 1) -> Int[np.ndarray, "batches share"]:
-        """Which rows of the batches the devices of this process get, and -1 for padding."""
-        padding = self.padded(batches.shape[1], group) - batches.shape[1]
-        padded = np.pad(batches, ((0, 0), (0, padding)), constant_values=-1)
-        return np.split(padded, jax.process_count(), axis=1)[jax.process_index()]
+    def put_batches(
+        self, batches: Int[np.ndarray, "batches batch"], group: int, read: Callable[[np.ndarray], Split]
+    ) -> Arrays:
+        """The images and labels of streamed batches, on the devices.
 
-    def put_share(self, split: Split, num_batches: int) -> tuple[Array, Array]:
-        """The images and labels of batches, of which each process has the examples that `share` names."""
-        images = split.images.reshape(num_batches, -1, math.prod(split.image_shape))
-        labels = split.labels.reshape(num_batches, -1)
-        sharding = self._sharding(None, DATA)
-        return tuple(jax.make_array_from_process_local_data(sharding, array) for array in (images, labels))
+        Args:
+          batches: the numbers of their examples; -1 is a blank one.
+          group: as in `padded`.
+          read: gives the examples of these numbers, `(rows,)`.
+        """
+        return self.put(read(batches.reshape(-1)))
+
+    @abc.abstractmethod
+    def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
+        """Of what was put on the devices, the examples `rows`, padded, which are those of batch `number`."""
+
+    def whole_images(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
+        """The images that `put` put on the devices, without what it added to them."""
+        return images
 
     def padded(self, size: int, group: int = 1) -> int:
         """The least number of rows, in groups of `group`, that divides and has room for `size`."""
@@ -64,46 +83,88 @@ class Layout:
         padded = self.padded(size, group)
         return None if padded == size else self._constrain(jnp.arange(padded) < size, DATA)
 
-    def batch(
-        self,
-        images: UInt8[Array, "batches batch features"],
-        labels: Int[Array, "batches batch"],
-        number: Int[Array, ""],
-    ) -> tuple[UInt8[Array, "batch features"], Int[Array, " batch"]]:
-        """The `number`-th of what `put_share` placed."""
-        taken = (lax.dynamic_index_in_dim(array, number, keepdims=False) for array in (images, labels))
-        return tuple(self._constrain(array, DATA) for array in taken)
-
-    def take(
-        self,
-        images: UInt8[Array, "examples stored"],
-        labels: Int[Array, " examples"],
-        rows: Int[Array, " batch"],
-    ) -> tuple[UInt8[Array, "batch features"], Int[Array, " batch"]]:
-        """The examples `rows`, which divide over the devices."""
-        # Said of the rows too, or the compiler divides them, and gathers them again.
-        rows = self._constrain(rows)
-        if self.by_columns:
-            parts = self._constrain(_rows(images, rows), None, DATA)
-            taken = self.without_padding(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
-        else:
-            rows = self._constrain(rows, DATA)
-            taken = _rows(images, rows), _rows(labels, rows)
-        return tuple(self._constrain(array, DATA) for array in taken)
-
-    def without_padding(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
-        """`images` without the zeros that `put` gave them."""
-        return images[:, : self._num_features] if self.by_columns else images
-
     def _sharding(self, *axes: str | None) -> NamedSharding | None:
         return NamedSharding(self._devices, PartitionSpec(*axes)) if self._devices is not None else None
 
     def _constrain(self, x: Array, *axes: str | None) -> Array:
-        return x if self.count == 1 else lax.with_sharding_constraint(x, self._sharding(*axes))
+        return lax.with_sharding_constraint(x, self._sharding(*axes))
+
+
+class OneDevice(Layout):
+    """A batch lies on one device, as the data set does on each of those that members are laid over."""
+
+    def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
+        return _rows(images, rows), _rows(labels, rows)
+
+
+class Whole(Layout):
+    """The data set lies whole on each device."""
+
+    def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
+        rows = self._constrain(self._constrain(rows), DATA)  # first whole, or the compiler divides and gathers them
+        return tuple(self._constrain(_rows(array, rows), DATA) for array in (images, labels))
+
+
+class Columns(Layout):
+    """Each device holds a share of the features of every image, and all labels.
+
+    A device takes its part of the examples of a batch without asking another, and one all-to-all makes whole images
+    of the parts, which moves as many bytes as the batch has.
+    """
+
+    held = "a share of the data set"
+
+    def __init__(self, devices: Mesh, num_features: int):
+        super().__init__(devices)
+        self._num_features = num_features
+
+    def put(self, split: Split) -> Arrays:
+        images = np.pad(_flat(split), ((0, 0), (0, -self._num_features % self.count)))  # features that divide
+        return put(images, self._sharding(None, DATA)), put(split.labels, self._sharding())
+
+    def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
+        rows = self._constrain(rows)  # or the compiler divides them, and gathers them again
+        parts = self._constrain(_rows(images, rows), None, DATA)
+        taken = self.whole_images(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
+        return tuple(self._constrain(array, DATA) for array in taken)
+
+    def whole_images(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
+        return images[:, : self._num_features]
+
+
+class InBatches(Layout):
+    """What is streamed is in order when it is read: a process reads, and a device holds, its share of each batch."""
+
+    held = "a share of the data set"
+
+    def put_batches(
+        self, batches: Int[np.ndarray, "batches batch"], group: int, read: Callable[[np.ndarray], Split]
+    ) -> Arrays:
+        share = self.share(batches, group)
+        split = read(share.reshape(-1))
+        sharding = self._sharding(None, DATA)
+        return tuple(
+            jax.make_array_from_process_local_data(sharding, array.reshape(*share.shape, *array.shape[1:]))
+            for array in (_flat(split), split.labels)
+        )
+
+    def share(self, batches: Int[np.ndarray, "batches batch"], group: int = 1) -> Int[np.ndarray, "batches share"]:
+        """Which rows of the batches the devices of this process get, and -1 for padding."""
+        padding = self.padded(batches.shape[1], group) - batches.shape[1]
+        padded = np.pad(batches, ((0, 0), (0, padding)), constant_values=-1)
+        return np.split(padded, jax.process_count(), axis=1)[jax.process_index()]
+
+    def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
+        taken = (lax.dynamic_index_in_dim(array, number, keepdims=False) for array in (images, labels))
+        return tuple(self._constrain(array, DATA) for array in taken)
+
+
+def _flat(split: Split) -> UInt8[np.ndarray, "examples features"]:
+    return split.images.reshape(len(split), -1)
 
 
 def _rows(x: Array, rows: Int[Array, " batch"]) -> Array:
     return x.at[rows].get(mode="promise_in_bounds")  # without the checks of each element that `x[rows]` makes
 
 
-ONE_DEVICE = Layout()
+ONE_DEVICE = OneDevice(None)

@@ -1,117 +1,173 @@
-"""The programs of many runs at once: those of one run under one more map, over the members."""
+"""One run, or the members of a group: how functions are mapped over them, and their arrays stacked and split.
 
-import copy
+`OneRun` and `Stacked` have the same methods. The arrays of one run have no axis of members; those of a group have one,
+the leading one, which lies over the axis `member` of the mesh, padded to a multiple of it with copies of the last
+member. The form in which a state is saved, and `place` takes it, is the same but unpadded.
+"""
+
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.data import Dataset
-from vmapbn_flax.training import mesh, steps
-from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import TrainState, create_state, make_hyperparameters
+from vmapbn_flax.training.mesh import DATA, MEMBER
+from vmapbn_flax.training.state import create_state, make_hyperparameters
+from vmapbn_flax.training.steps import Batch, make_loss
 
 
-class GroupPrograms(Programs):
-    """`Programs` of runs that differ in traced fields alone, which are a leading axis of the state.
+def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":
+    """Of a mesh, or of the default device."""
+    return OneRun() if count == 1 else Stacked(count, devices)
 
-    The members lie over the axis `member` of the mesh, padded to a multiple of it with copies of the last; all
-    train on the same data. Steps are counted once for all: a member's own count stops where it is frozen.
 
-    Raises:
-      UsageError: a config does not fit the data.
-    """
+class OneRun:
+    """A run by itself: functions and arrays stay what they are."""
 
-    _axes = (mesh.MEMBER,)
+    count = 1
+    spec = PartitionSpec()
 
-    def __init__(self, configs: Sequence[ConfigDict], dataset: Dataset, devices: Mesh):
-        super().__init__(configs[0], dataset, devices)
-        self._rows_multiple = devices.shape[mesh.MEMBER]
-        at_once = partial(jax.vmap, spmd_axis_name=mesh.MEMBER)
-        # The caches of a CPU hold what one member works on, and not what many do.
-        one_by_one = jax.default_backend() == "cpu" and self.layout.count == 1
-        over_members = partial(_one_by_one, devices=self._sharding and devices) if one_by_one else at_once
-        self._create_one, self._create = self._create, at_once(self._create)
-        self._train_steps = over_members(self._train_steps, in_axes=(0, 0, None, None, 0, None, None))
-        self._evaluate = over_members(self._evaluate, in_axes=(0, 0, 0, None, None))
-        self._learning_rate = at_once(self._learning_rate, in_axes=(0, None))
-        # For members on the devices of other processes.
-        self._gather = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(devices, PartitionSpec()))
-        self._set_members(configs)
+    def map(self, function: Callable, own: Sequence[int]) -> Callable:
+        return function
 
-    def with_members(self, configs: Sequence[ConfigDict]) -> "GroupPrograms":
-        """The same programs, compiled already, for as many other members."""
-        other = copy.copy(self)
-        other.compiler = self.compiler.with_clocks_at_zero()
-        other._epoch_order = (-1, None)
-        other._set_members(configs)
-        return other
+    def map_at_once(self, function: Callable) -> Callable:
+        return function
 
-    def _set_members(self, configs: Sequence[ConfigDict]) -> None:
-        self._count = len(configs)
-        padded = math.ceil(self._count / self._rows_multiple) * self._rows_multiple
-        self._rows = np.minimum(np.arange(padded), self._count - 1)
-        self._seeds = [config.seed for config in configs]
-        hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
-        self._host_hyper = jax.tree.map(lambda *numbers: np.stack(numbers), *hypers)
-        self.hyper = self.place(self._host_hyper)
+    def stack(self, trees: Sequence[PyTree]) -> PyTree:
+        return trees[0]
 
-    def template(self) -> TrainState:
-        one = jax.tree.map(lambda numbers: numbers[0], self._host_hyper)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((self._count, *leaf.shape), leaf.dtype),
-            jax.eval_shape(self._create_one, one),
-        )
+    def pad(self, tree: PyTree) -> PyTree:
+        return tree
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.stack([steps.epoch_permutation(seed, epoch, self._num_train) for seed in self._seeds])[self._rows]
+    def unpad(self, tree: PyTree) -> PyTree:
+        return tree
 
-    def place(self, state: PyTree) -> PyTree:
-        return mesh.put(jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], state), self._sharding)
-
-    def _on_host(self, tree: PyTree) -> PyTree:
-        if self.is_whole:
-            tree = jax.device_get(tree)
-        else:  # leaf by leaf: each then lies on all devices with all members
-            tree = jax.tree.map(lambda leaf: jax.device_get(self._gather(leaf)), tree)
-        return jax.tree.map(lambda leaf: leaf[: self._count], tree)
+    def template(self, tree: PyTree) -> PyTree:
+        return tree
 
     def split(self, tree: PyTree) -> list[PyTree]:
-        return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self._count)]  # noqa: B023
+        return [tree]
+
+    def held(self, tree: PyTree) -> dict[int, PyTree]:
+        return {0: jax.tree.map(np.array, jax.device_get(tree))} if jax.process_index() == 0 else {}
 
 
-def _one_by_one(function: Callable, in_axes: Sequence[int | None], devices: Mesh | None) -> Callable:
-    """`jax.vmap(function, in_axes)`, one member after the other on each of the devices they lie over."""
-    own = [axis is not None for axis in in_axes]
+class Stacked:
+    """The members of a group.
+
+    Attributes:
+      count: how many there are.
+      spec: how an array with an axis of members lies on the mesh.
+    """
+
+    spec = PartitionSpec(MEMBER)
+
+    def __init__(self, count: int, devices: Mesh | None):
+        self.count, self._devices = count, devices
+        places = 1 if devices is None else devices.shape[MEMBER]
+        self._rows_each = math.ceil(count / places)  # of each place along the axis `member`
+        self._rows = np.minimum(np.arange(places * self._rows_each), count - 1)
+
+    def map(self, function: Callable, own: Sequence[int]) -> Callable:
+        """`function` of all members, which share the arguments whose positions are not in `own`."""
+        # The caches of a CPU hold what one member works on, and not what many do.
+        if jax.default_backend() == "cpu" and (self._devices is None or self._devices.shape[DATA] == 1):
+            return _one_by_one(function, own, self._devices)
+
+        def mapped(*arguments: PyTree) -> PyTree:
+            axes = tuple(0 if i in own else None for i in range(len(arguments)))
+            return jax.vmap(function, axes, spmd_axis_name=MEMBER)(*arguments)
+
+        return mapped
+
+    def map_at_once(self, function: Callable) -> Callable:
+        """`function` of all members, each of whose arguments is their own."""
+        return jax.vmap(function, spmd_axis_name=MEMBER)
+
+    def stack(self, trees: Sequence[PyTree]) -> PyTree:
+        """One tree on the host for each member, as one, unpadded."""
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+    def pad(self, tree: PyTree) -> PyTree:
+        """A tree on the host with as many rows as lie on the devices."""
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], tree)
+
+    def unpad(self, tree: PyTree) -> PyTree:
+        """A tree on the host with as many rows as there are members."""
+        return jax.tree.map(lambda leaf: leaf[: self.count], tree)
+
+    def template(self, tree: PyTree) -> PyTree:
+        """The shapes and types of all members together, of those of one."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.count, *leaf.shape), leaf.dtype), tree)
+
+    def split(self, tree: PyTree) -> list[PyTree]:
+        """What each member has in a tree on the host."""
+        return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self.count)]  # noqa: B023
+
+    def held(self, tree: PyTree) -> dict[int, PyTree]:
+        """What the members whose first device is this process's have in a tree on the devices, by their numbers."""
+        mine = [number for number in range(self.count) if self._process(number) == jax.process_index()]
+        leaves, structure = jax.tree.flatten(tree)
+        of_members = zip(*(_addressable_rows(leaf, mine) for leaf in leaves), strict=True)
+        return {number: structure.unflatten(rows) for number, rows in zip(mine, of_members, strict=True)}
+
+    def _process(self, number: int) -> int:
+        """The lowest index of the processes whose devices have this member."""
+        if self._devices is None:
+            return jax.process_index()
+        return min(device.process_index for device in self._devices.devices[number // self._rows_each])
+
+
+def _addressable_rows(leaf: jax.Array, numbers: Sequence[int]) -> list[np.ndarray]:
+    """Copies of the rows of these `numbers`, which lie on devices of this process."""
+    blocks = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}  # one of equal shards
+    rows = {first + i: row for first, block in blocks.items() for i, row in enumerate(np.asarray(block))}
+    return [np.array(rows[number]) for number in numbers]
+
+
+def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:
+    """`function` of one member after the other on each of the devices they lie over."""
 
     def mapped(*arguments: PyTree) -> PyTree:
-        def of_member(slices: Sequence[PyTree]) -> PyTree:
-            rest = iter(slices)
-            return function(*(next(rest) if o else shared for shared, o in zip(arguments, own, strict=True)))
+        def of_member(own_arguments: Sequence[PyTree]) -> PyTree:
+            of_all = dict(enumerate(arguments)) | dict(zip(own, own_arguments, strict=True))
+            return function(*of_all.values())
 
-        return lax.map(of_member, [argument for argument, o in zip(arguments, own, strict=True) if o])
+        return lax.map(of_member, [arguments[i] for i in own])
 
     if devices is None:
         return mapped
-    members = PartitionSpec(mesh.MEMBER)
-    specs = tuple(members if o else PartitionSpec() for o in own)
-    return jax.shard_map(mapped, mesh=devices, in_specs=specs, out_specs=members, check_vma=False)
+
+    def sharded(*arguments: PyTree) -> PyTree:
+        members = PartitionSpec(MEMBER)
+        specs = tuple(members if i in own else PartitionSpec() for i in range(len(arguments)))
+        return jax.shard_map(mapped, mesh=devices, in_specs=specs, out_specs=members, check_vma=False)(*arguments)
+
+    return sharded
 
 
 def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
     """An estimate of the memory that a member takes beside the data, which all of them share."""
-    num_features = dataset.train.images[0].size
-    state = jax.eval_shape(
-        lambda hyper: create_state(config, dataset.num_classes, num_features, hyper), make_hyperparameters(config, 1)
-    )
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    widths = (num_features, *config.model.hidden, dataset.num_classes)
-    # Each layer's value before and after its norm and activation, and their cotangents; the inputs once.
-    activations = 4 * (num_features + 6 * sum(widths[1:])) * max(config.train.batch_size, config.train.eval_batch_size)
-    return 2 * state_bytes + activations + 4 * len(dataset.train)
+    num_features, size = math.prod(dataset.train.image_shape), config.train.batch_size
+    hyper = make_hyperparameters(config, 1)
+    loss = make_loss(config.model, dataset.num_classes)
+
+    def backward(hyper: PyTree, batch: Batch) -> PyTree:
+        """All that the backward pass of a batch needs."""
+        state = create_state(config.model, config.optimizer, dataset.num_classes, num_features, hyper)
+        return state, jax.vjp(lambda params: loss(params, state.batch_stats, hyper, batch), state.params, has_aux=True)
+
+    batch = Batch(jnp.zeros((size, num_features), jnp.uint8), jnp.zeros(size, jnp.int32))
+    state, kept = jax.eval_shape(backward, hyper, batch)
+    examples = max(size, config.train.eval_batch_size)
+    return 2 * _nbytes(state) + 2 * _nbytes(kept) * examples // size + 4 * len(dataset.train)
+
+
+def _nbytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

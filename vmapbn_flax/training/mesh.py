@@ -1,14 +1,15 @@
 """Devices: how many a CPU is divided into, and the mesh that members and batches lie over."""
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -18,39 +19,39 @@ MEMBER = "member"  # the axis of a mesh that a sweep's members are laid over
 DATA = "data"  # the axis that a batch is split over
 
 
-def divide_cpu(config: ConfigDict, *, sweep: bool) -> None:
+def divide_cpu(mesh: ConfigDict, *, sweep: bool, processes: int = 1) -> None:
     """Asks for as many CPU devices as `config.mesh` says, if nothing has touched a device yet.
 
     What the environment says about them beats the config.
     """
     environment = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    automatic = len(os.sched_getaffinity(0)) if sweep else -(-config.mesh.data // config.distributed.num_processes)
+    automatic = len(os.sched_getaffinity(0)) if sweep else -(-mesh.data // processes)
     if not environment:
         with contextlib.suppress(RuntimeError):  # too late, in a process that has its devices
-            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices or max(1, automatic))
+            jax.config.update("jax_num_cpu_devices", mesh.cpu_devices or max(1, automatic))
 
 
-def solo_mesh(config: ConfigDict) -> Mesh:
-    """The devices of all processes that the batches of a run are split over.
+def solo_mesh(mesh: ConfigDict) -> Mesh:
+    """The devices of all processes that the batches of a run are split over, as `config.mesh` says.
 
     Raises:
       UsageError: `config.mesh.data` is not a number of devices that there are, as many in each process.
     """
     automatic = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
-    return _mesh(1, config.mesh.data or automatic)
+    return _mesh(1, mesh.data or automatic)
 
 
-def member_mesh(config: ConfigDict, members: int) -> Mesh:
-    """The devices of all processes that `members` of a sweep lie on, no more than it takes.
+def member_mesh(mesh: ConfigDict, members: int) -> Mesh:
+    """The devices of all processes that `members` of a sweep lie on, no more than it takes, as `config.mesh` says.
 
     Each process takes part with as many, so that there may be some more than members.
 
     Raises:
       UsageError: `config.mesh.data` is more than there are devices.
     """
-    data = config.mesh.data or 1
+    data = mesh.data or 1
     most = max(1, jax.device_count() // data)
-    member = min(config.mesh.member or most, most, members)
+    member = min(mesh.member or most, most, members)
     multiple = jax.process_count() // math.gcd(jax.process_count(), data)
     return _mesh(-(-member // multiple) * multiple, data)
 
@@ -87,6 +88,27 @@ def put(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(place, tree)
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Copies of arrays on the devices, on the host of every process.
+
+    Where each process has only a part of them, all processes make the same call, and each array in turn lies whole on
+    every device for a moment.
+    """
+    # Copies: on a CPU what comes back is a view of a buffer that the next step may write to.
+    return jax.tree.map(lambda leaf: np.array(jax.device_get(_replicated(leaf))), tree)
+
+
+def _replicated(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return leaf
+    return _replicate(leaf.sharding.mesh)(leaf)
+
+
+@functools.cache
+def _replicate(devices: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(devices, PartitionSpec()))
 
 
 def device_name(devices: Sequence[jax.Device]) -> str:

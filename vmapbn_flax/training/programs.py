@@ -1,117 +1,186 @@
-"""The compiled programs of a run, with the data they work on, on the device."""
+"""The compiled programs of a run, or of a group of runs, with the data they work on, on the devices."""
 
 import contextlib
+import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.training import mesh, steps
-from vmapbn_flax.training.compiler import Compiler
-from vmapbn_flax.training.layout import Layout
+from vmapbn_flax.training.compiler import Compiler, Program
+from vmapbn_flax.training.layout import make_layout
+from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, compute
 from vmapbn_flax.training.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
 from vmapbn_flax.training.stream import Stream
 
-# Of a state, what `Programs.fetch` can be asked for.
-PARTS: dict[str, Callable[[TrainState], PyTree]] = {
-    "state": lambda state: state,
-    "batch_stats": lambda state: state.batch_stats,
-    "metrics": lambda state: state.metrics,
-    "counters": lambda state: (state.step, state.skipped_steps, state.skipped_in_a_row),
-}
+_STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
+_VARIABLES = (0, 1, 2)  # and which of evaluation: parameters, statistics, hyperparameters
 
 
 class Programs:
-    """Creates, advances and evaluates the state of a run of `config` on `dataset`.
+    """Creates, advances and evaluates the state of a run on `dataset`, or of many, one for each of `configs`.
 
-    Each program is compiled when it is first called, or ahead of that when asked to; `compiler` has what it took.
-    Batches are split over the axis `data` of the mesh `devices`, or lie on the default device without one.
+    The configs differ in traced fields alone. The arrays of many runs, the members, have a leading axis of them
+    (`members` says more); all train on the same data, in memory. Steps are counted once for all: a member's own count
+    stops where it is frozen.
+
+    Each program is compiled when it is first called, or ahead of that when asked to. Members and batches are laid over
+    the mesh `devices`, or lie on the default device without one. Where the mesh is that of many processes, all of them
+    make the same calls, except of what says that it computes in this process alone.
+
+    Attributes:
+      count: of the members; 1 for one run.
+      selection: the figure by which checkpoints are ranked.
+      steps_per_epoch, total_steps: of the run.
+      hyper: the traced numbers, on the devices.
+      layout: how the data lies on the devices.
+      devices: those of all processes.
+      compiler: has what compiling and running took.
 
     Raises:
-      UsageError: the config does not fit the data.
+      UsageError: the configs do not fit the data.
     """
 
-    _axes = ()  # of the mesh, that the leading axes of a state lie over
-
-    def __init__(self, config: ConfigDict, dataset: Dataset, devices: Mesh | None = None):
+    def __init__(self, configs: Sequence[ConfigDict], dataset: Dataset, devices: Mesh | None = None):
+        config = configs[0]  # what is read from it is the same for all
         validate_sizes(config, len(dataset.train))
         self.devices = jax.devices()[:1] if devices is None else list(devices.devices.flat)
         if len(self.devices) == 1:
             devices = None
-        self._sharding = devices and NamedSharding(devices, PartitionSpec(*self._axes))
-        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-        self._splits = {name: split for name, split in splits.items() if split is not None}
-        divided = dataset.nbytes > config.mesh.replicate_limit
-        self.layout = Layout(devices, by_columns=divided, in_batches=dataset.streamed)
+        self.count = len(configs)
+        self._members = make_members(self.count, devices)
+        self._sharding = devices and NamedSharding(devices, self._members.spec)
+        self.layout = make_layout(devices, dataset, config.mesh.replicate_limit)
+        self.compiler = Compiler()
+
+        self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
-        self.hyper = self._host_hyper = make_hyperparameters(config, self.steps_per_epoch)
-        self.compiler = Compiler(self._sharding)
-        self._seed, self._num_train = config.seed, len(dataset.train)
+        self._num_train = len(dataset.train)
+        splits = {"validation": dataset.validation, "test": dataset.test}
+        self._eval_splits = {name: split for name, split in splits.items() if split is not None}
+        self._set_members(configs)
+        self._make_programs(config, dataset)
         self._stream = None
         if dataset.streamed:
-            self._stream = Stream(config, dataset, self.total_steps, self._order, self.layout, self._put_order)
+            self._stream = Stream(
+                dataset,
+                self.layout,
+                self._order,
+                self.place,
+                num_steps=self.total_steps,
+                batch_size=config.train.batch_size,
+                group=config.model.ghost_batch_size or 1,
+                eval_batch_size=config.train.eval_batch_size,
+                max_bytes=config.data.memory_limit * 1e9,
+            )
         else:
-            self._data = {name: self.layout.put(split) for name, split in self._splits.items()}
-        self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
+            splits = {"train": dataset.train, **self._eval_splits}
+            self._data = {name: self.layout.put(split) for name, split in splits.items()}
 
-        num_classes, num_features = dataset.num_classes, math.prod(dataset.train.image_shape)
-        self._create = partial(create_state, config, num_classes, num_features)
-        self._train_steps = steps.make_train_steps(config, num_classes, self.layout)
-        self._gradients = steps.make_gradients(config, num_classes, self.layout)
-        self._evaluate = steps.make_evaluate(config, num_classes, self.layout)
-        self._population = steps.make_population_statistics(config, num_classes, self.layout)
-        self._learning_rate = partial(learning_rate, config.optimizer)
+    def _set_members(self, configs: Sequence[ConfigDict]) -> None:
+        self._seeds = [config.seed for config in configs]
+        self._hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
+        self.hyper = self.place(self._members.stack(self._hypers))
         self._epoch_order = (-1, None)
+
+    def _make_programs(self, config: ConfigDict, dataset: Dataset) -> None:
+        model, train, num_classes = config.model, config.train, dataset.num_classes
+        take_batch = steps.make_take_batch(train.batch_size, model.ghost_batch_size or 1, self.layout)
+        train_step = steps.make_train_step(model, config.optimizer, train.max_skipped_steps, num_classes)
+        evaluate = steps.make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
+        population = steps.make_population_statistics(model, num_classes, self.layout)
+        gradients = steps.make_gradients(steps.make_loss(model, num_classes), take_batch, train.batch_size)
+        self._create_one = partial(
+            create_state, model, config.optimizer, num_classes, math.prod(dataset.train.image_shape)
+        )
+
+        make, over = partial(Program, sharding=self._sharding), self._members.map
+        training = (_STATE, _HYPER, _ORDER)
+        self._create = make("create", self._members.map_at_once(self._create_one), optimise=False)
+        self._train = make("train", over(steps.make_train_steps(train_step, take_batch), training), donate=(_STATE,))
+        self._gradients = make("gradients", over(gradients, training))
+        self._evaluate = {
+            name: make(name, over(evaluate, _VARIABLES), trace_in_thread=True)
+            for name in (["evaluate"] if dataset.streamed else self._eval_splits)
+        }
+        self._population = make("population", over(population, _VARIABLES))
+        self._copy = make("copy", lambda state: jax.tree.map(jnp.copy, state), optimise=False)
+        self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
+
+    def with_members(self, configs: Sequence[ConfigDict]) -> "Programs":
+        """The same programs, compiled already, for as many other members."""
+        other = copy.copy(self)
+        other.compiler = self.compiler.with_clocks_at_zero()
+        other._set_members(configs)
+        return other
 
     def where(self) -> str:
         """The devices in words, and what lies on them."""
         name = mesh.device_name(self.devices)
         if self.layout.count == 1:
             return name
-        divided = self.layout.by_columns or self.layout.in_batches
-        share = "a share of the data set" if divided else "the data set"
-        return f"{name}, batches split over {self.layout.count} and {share} on each"
+        return f"{name}, batches split over {self.layout.count} and {self.layout.held} on each"
+
+    # States.
 
     def template(self) -> TrainState:
-        """The shapes and types of the state."""
-        return jax.eval_shape(self._create, self.hyper)
+        """The shapes and types of the state as it is saved: of many members with a leading axis of them, unpadded."""
+        return self._members.template(jax.eval_shape(self._create_one, self._hypers[0]))
+
+    def create(self) -> TrainState:
+        """The state before the first step."""
+        return self.compiler.call(self._create, self.hyper)
+
+    def place(self, arrays: PyTree) -> PyTree:
+        """Arrays of the host, in the form of `template`, on the devices; rows beyond `count` are ignored."""
+        return mesh.put(self._members.pad(arrays), self._sharding)
+
+    def snapshot(self, state: TrainState) -> TrainState:
+        """What a checkpoint of `state` saves, which training on does not change.
+
+        Copies on the host, in the form of `template`; where other processes have a part of the state, copies on the
+        devices, padding included.
+        """
+        if self._sharding is None or self._sharding.is_fully_addressable:
+            return self._members.unpad(mesh.fetch(state))
+        return self.compiler.call(self._copy, state)
+
+    def held(self, state: TrainState) -> dict[int, TrainState]:
+        """Copies on the host of the members, by their numbers, whose first device is this process's.
+
+        Of one run in process 0. Nothing is sent; only what lies on devices of this process is read.
+        """
+        return self._members.held(state)
+
+    def split(self, tree: PyTree) -> list[PyTree]:
+        """What each member has in a part of a state on the devices, a small one, on the host of every process."""
+        return self._members.split(mesh.fetch(tree))
+
+    # Training.
 
     def compile_ahead(self, step: int) -> None:
         """Starts to compile what trains from `step` on, beside whatever else comes first."""
         if "train" in self.compiler or step >= self.total_steps:
             return
-        arguments = (self._placed_template(), self.hyper, *self._position(step), np.int32(1))
-        self.compiler.start("train", self._train_steps, arguments, donate=(0,))
-
-    def compile_measure_ahead(self) -> None:
-        """Starts to compile what `measure` calls, beside the device at work; not of streamed data."""
-        if self._stream:
-            return
-        state = self._placed_template()
-        for name in self._splits:
-            if name != "train" and name not in self.compiler:
-                arguments = (state.params, state.batch_stats, self.hyper, *self._data[name])
-                self.compiler.start(name, self._evaluate, arguments, trace_too=True)
+        self.compiler.start(self._train, (self._placed_template(), self.hyper, *self._position(step), np.int32(1)))
 
     def _placed_template(self) -> TrainState:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding),
-            jax.eval_shape(self._create, self.hyper),
+            jax.eval_shape(self._create.function, self.hyper),
         )
-
-    def create(self) -> TrainState:
-        """The state before the first step."""
-        return self.compiler.call("create", self._create, self.hyper, once=True)
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
         """`count` steps from `step`, the step of `state`, on, within one epoch; `state` is used up."""
@@ -120,14 +189,14 @@ class Programs:
             if self._stream:
                 count = min(end - step, self._stream.steps_left(step))
             arguments = (*self._position(step), np.int32(count))
-            state = self.compiler.call("train", self._train_steps, state, self.hyper, *arguments, donate=(0,))
+            state = self.compiler.call(self._train, state, self.hyper, *arguments)
             del arguments
             step += count
         return state
 
     def gradients(self, state: TrainState, step: int) -> tuple[Array, PyTree]:
         """The logits of the batch that `step` trains on, `(batch, classes)`, and the loss's gradients."""
-        return self.compiler.call("gradients", self._gradients, state, self.hyper, *self._position(step))
+        return self.compiler.call(self._gradients, state, self.hyper, *self._position(step))
 
     def _position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
         """The training set, its order in the epoch that `step` is in, and the number of the batch there.
@@ -138,73 +207,61 @@ class Programs:
             return self._stream.position(step)
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, self._put_order(self._order(epoch)))
+            self._epoch_order = (epoch, self.place(self._order(epoch)))
         return (*self._data["train"], self._epoch_order[1], np.int32(first))
 
     def _order(self, epoch: int) -> np.ndarray:
-        return steps.epoch_permutation(self._seed, epoch, self._num_train)
+        return self._members.stack([steps.epoch_permutation(seed, epoch, self._num_train) for seed in self._seeds])
 
-    def measure(self, state: TrainState) -> dict[str, EvalMetrics]:
-        """The metrics of `state`, on the host, on the validation split, if there is one, and the test split."""
-        return self._on_host({name: self._measure(name, state) for name in self._splits if name != "train"})
-
-    def _measure(self, name: str, state: TrainState) -> EvalMetrics:
-        variables = (state.params, state.batch_stats, self.hyper)
-        if self._stream is None:
-            return self.compiler.call(name, self._evaluate, *variables, *self._data[name])
-
-        def measure(batch: tuple) -> EvalMetrics:
-            return jax.device_get(self.compiler.call("evaluate", self._evaluate, *variables, *batch))
-
-        with contextlib.closing(self._stream.batches(self._splits[name])) as batches:
-            return functools.reduce(EvalMetrics.merge, map(measure, batches))  # in the order of the program's own loop
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """`figures` of what `measure` finds."""
-        return figures(self.measure(state))
-
-    def place(self, state: PyTree) -> PyTree:
-        """Arrays of the host, such as a checkpoint has, as `advance` takes them."""
-        return mesh.put(state, self._sharding)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether each process has all of a state, and need not take part when one fetches it."""
-        return self._sharding is None or self._sharding.is_fully_addressable or self._sharding.is_fully_replicated
-
-    def fetch(self, state: TrainState, part: str = "state") -> PyTree:
-        """One of the `PARTS` of `state`, on the host; of all of it `place` makes `state` again."""
-        return self._on_host(PARTS[part](state))
-
-    def _on_host(self, tree: PyTree) -> PyTree:
-        return jax.device_get(tree)
+    def learning_rates(self, step: int) -> list[float]:
+        """Of each member's update that leads from `step` to `step + 1`, computed in this process alone."""
+        return [float(self.compiler.call(self._learning_rate, hyper, np.int32(step))) for hyper in self._hypers]
 
     def fresh_metrics(self, state: TrainState) -> TrainState:
         """`state` with nothing in its metrics; `state` is used up."""
         empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.metrics)
         return state.replace(metrics=mesh.put(empty, self._sharding))
 
-    def split(self, tree: PyTree) -> list[PyTree]:
-        """What each run has in a tree on the host: this one run all of it, each member of a group its own."""
-        return [tree]
+    # Evaluation.
+
+    def compile_measure_ahead(self) -> None:
+        """Starts to compile what `measure` calls, beside the device at work; not of streamed data."""
+        if self._stream:
+            return
+        state = self._placed_template()
+        for name, program in self._evaluate.items():
+            if name not in self.compiler:
+                self.compiler.start(program, (state.params, state.batch_stats, self.hyper, *self._data[name]))
+
+    def measure(self, state: TrainState) -> list[dict[str, EvalMetrics]]:
+        """Each member's metrics on the validation split, if there is one, and the test split, on every host."""
+        return self.split({name: self._measure(name, state) for name in self._eval_splits})
+
+    def _measure(self, name: str, state: TrainState) -> EvalMetrics:
+        variables = (state.params, state.batch_stats, self.hyper)
+        if self._stream is None:
+            return self.compiler.call(self._evaluate[name], *variables, *self._data[name])
+
+        def measure(batch: tuple) -> EvalMetrics:
+            return jax.device_get(self.compiler.call(self._evaluate["evaluate"], *variables, *batch))
+
+        with contextlib.closing(self._stream.batches(self._eval_splits[name])) as batches:
+            return functools.reduce(EvalMetrics.merge, map(measure, batches))  # in the order of the program's own loop
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """`figures` of what `measure` finds for one run."""
+        (measured,) = self.measure(state)
+        return figures(measured)
 
     def population_statistics(self, state: TrainState) -> PyTree:
         """The `batch_stats` of all the training examples taken as one batch."""
         images, _ = self._data["train"]
-        return self.compiler.call("population", self._population, state.params, state.batch_stats, self.hyper, images)
-
-    def learning_rate(self, step: int) -> Array:
-        """The learning rate of the update that leads from `step` to `step + 1`."""
-        arguments = (self._host_hyper, np.int32(step))
-        return self.compiler.call("learning_rate", self._learning_rate, *arguments, once=True, here=True)
+        return self.compiler.call(self._population, state.params, state.batch_stats, self.hyper, images)
 
     def close(self) -> None:
         """Ends what reads streamed data; if it is asked to train again it starts again."""
         if self._stream:
             self._stream.close()
-
-    def _put_order(self, order: np.ndarray) -> Array:
-        return mesh.put(order, self._sharding)
 
 
 def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:

@@ -138,17 +138,18 @@ def make_optimizer(
     return optax.chain(*transformations[optimizer.name], optax.scale_by_learning_rate(learning_rate))
 
 
-def create_state(config: ConfigDict, num_classes: int, num_features: int, hyper: Hyperparameters) -> TrainState:
+def create_state(
+    model: ConfigDict, optimizer: ConfigDict, num_classes: int, num_features: int, hyper: Hyperparameters
+) -> TrainState:
     """The state before the first step; to be jitted, which takes a second less than running it as is."""
-    network = make_network(config.model, num_classes, hyper)
-    images = jnp.zeros((config.train.batch_size, num_features))
-    variables = network.init(jax.random.key(hyper.seed), images, train=False)
+    network = make_network(model, num_classes, hyper)
+    variables = network.init(jax.random.key(hyper.seed), jnp.zeros((1, num_features)), train=False)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=make_optimizer(config.optimizer, hyper, 0.0).init(params),
+        opt_state=make_optimizer(optimizer, hyper, 0.0).init(params),
         metrics=TrainMetrics.empty(),
         skipped_steps=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),

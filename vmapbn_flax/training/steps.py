@@ -49,32 +49,31 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> Int32[np.ndarray, " s
     return np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
 
 
-def take_batch(
-    images: UInt8[Array, "*stored features"],
-    labels: Int[Array, "*stored"],
-    permutation: Int[Array, " examples"],
-    number: Int[Array, ""],
-    config: ConfigDict,
-    layout: Layout,
-) -> Batch:
-    """The `number`-th batch of an epoch in the order of `permutation`, padded if the devices do not divide it.
+def make_take_batch(size: int, group: int = 1, layout: Layout = ONE_DEVICE) -> Callable[..., Batch]:
+    """`take_batch(images, labels, permutation, number) -> Batch`.
 
-    Where the layout is `in_batches`, they are in that order.
+    The `number`-th batch of `size` examples of an epoch in the order of `permutation`, padded in groups of `group` if
+    the devices do not divide it.
     """
-    size, group = config.train.batch_size, config.model.ghost_batch_size or 1
-    mask = layout.mask(size, group)
-    if layout.in_batches:
-        return Batch(*layout.batch(images, labels, number), mask)
-    rows = layout.pad(lax.dynamic_slice_in_dim(permutation, number * size, size), group)
-    return Batch(*layout.take(images, labels, rows), mask)
+
+    def take_batch(
+        images: UInt8[Array, "*stored features"],
+        labels: Int[Array, "*stored"],
+        permutation: Int[Array, " examples"],
+        number: Int[Array, ""],
+    ) -> Batch:
+        rows = layout.pad(lax.dynamic_slice_in_dim(permutation, number * size, size), group)
+        return Batch(*layout.take(images, labels, rows, number), layout.mask(size, group))
+
+    return take_batch
 
 
-def make_loss(config: ConfigDict, num_classes: int) -> Callable:
+def make_loss(model: ConfigDict, num_classes: int) -> Callable:
     """`loss(params, batch_stats, hyper, batch) -> (loss, (logits, losses, batch_stats))` in training."""
-    ghost_size = config.model.ghost_batch_size
+    ghost_size = model.ghost_batch_size
 
     def loss(params: Any, batch_stats: Any, hyper: Hyperparameters, batch: Batch) -> tuple[Array, tuple]:
-        network = make_network(config.model, num_classes, hyper, ghost=bool(ghost_size))
+        network = make_network(model, num_classes, hyper, ghost=bool(ghost_size))
 
         def grouped(x: Array | None) -> Array | None:
             return x.reshape(-1, ghost_size, *x.shape[1:]) if ghost_size and x is not None else x
@@ -98,26 +97,25 @@ def make_loss(config: ConfigDict, num_classes: int) -> Callable:
     return loss
 
 
-def make_train_step(config: ConfigDict, num_classes: int) -> TrainStep:
+def make_train_step(model: ConfigDict, optimizer: ConfigDict, max_skipped_steps: int, num_classes: int) -> TrainStep:
     """The step that is mapped over members, sharded over devices and looped over batches.
 
     Where the loss is not finite, or a gradient is not or has no finite square, parameters, optimizer and statistics
-    stay as they were, and the step is counted as skipped. After `train.max_skipped_steps` of those in a row nothing
-    moves any more, the step itself included.
+    stay as they were, and the step is counted as skipped. After `max_skipped_steps` of those in a row nothing moves
+    any more, the step itself included.
     """
-    loss = make_loss(config, num_classes)
+    loss = make_loss(model, num_classes)
 
     def train_step(state: TrainState, hyper: Hyperparameters, batch: Batch) -> tuple[TrainState, TrainMetrics]:
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, (logits, losses, batch_stats)), grads = gradient(state.params, state.batch_stats, hyper, batch)
-        rate = learning_rate(config.optimizer, hyper, state.step)
-        optimizer = make_optimizer(config.optimizer, hyper, rate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        rate = learning_rate(optimizer, hyper, state.step)
+        updates, opt_state = make_optimizer(optimizer, hyper, rate).update(grads, state.opt_state, state.params)
         metrics = TrainMetrics.single_from_model_output(
             loss=losses, logits=logits, labels=batch.labels, mask=batch.mask
         )
 
-        frozen = state.skipped_in_a_row >= config.train.max_skipped_steps
+        frozen = state.skipped_in_a_row >= max_skipped_steps
         # Squares that overflow would stay in Adam's second moment for ever.
         finite = jnp.isfinite(value) & _all_below(_LARGEST_GRADIENT, grads)
         moved = state.replace(
@@ -154,14 +152,13 @@ def _all_below(bound: np.float32, tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.concatenate(parts) < bound.view(np.int32))
 
 
-def make_train_steps(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., TrainState]:
+def make_train_steps(train_step: TrainStep, take_batch: Callable[..., Batch]) -> Callable[..., TrainState]:
     """`train_steps(state, hyper, images, labels, permutation, first, num_steps) -> state`.
 
     `num_steps` steps of one epoch from its batch `first` on, over the training set on the device. Both
     are traced, so that one program serves every length, and the result does not depend on how an epoch
     is cut.
     """
-    train_step = make_train_step(config, num_classes)
 
     def train_steps(
         state: TrainState,
@@ -173,7 +170,7 @@ def make_train_steps(config: ConfigDict, num_classes: int, layout: Layout = ONE_
         num_steps: Int[Array, ""],
     ) -> TrainState:
         def body(i: Array, state: TrainState) -> TrainState:
-            return train_step(state, hyper, take_batch(images, labels, permutation, first + i, config, layout))[0]
+            return train_step(state, hyper, take_batch(images, labels, permutation, first + i))[0]
 
         return lax.fori_loop(0, num_steps, body, state)
 
@@ -181,27 +178,28 @@ def make_train_steps(config: ConfigDict, num_classes: int, layout: Layout = ONE_
 
 
 def make_gradients(
-    config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE
+    loss: Callable, take_batch: Callable[..., Batch], batch_size: int
 ) -> Callable[..., tuple[Array, Any]]:
     """`gradients(state, hyper, images, labels, permutation, number) -> (logits, gradients)` of one batch."""
-    loss = make_loss(config, num_classes)
 
     def gradients(
         state: TrainState, hyper: Hyperparameters, images: Array, labels: Array, permutation: Array, number: Array
     ) -> tuple[Array, Any]:
-        batch = take_batch(images, labels, permutation, number, config, layout)
+        batch = take_batch(images, labels, permutation, number)
         grads, (logits, _, _) = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, hyper, batch)
-        return logits[: config.train.batch_size], grads
+        return logits[:batch_size], grads
 
     return gradients
 
 
-def make_evaluate(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., EvalMetrics]:
+def make_evaluate(
+    model: ConfigDict, batch_size: int, num_classes: int, layout: Layout = ONE_DEVICE
+) -> Callable[..., EvalMetrics]:
     """`evaluate(params, batch_stats, hyper, images, labels) -> EvalMetrics`, each example counted once.
 
     Given a `count`, only as many of the first ones are.
     """
-    size = layout.padded(config.train.eval_batch_size)
+    size = layout.padded(batch_size)
 
     def evaluate(
         params: Any,
@@ -211,18 +209,15 @@ def make_evaluate(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEV
         labels: Int[Array, "*stored"],
         count: Int[Array, ""] | None = None,
     ) -> EvalMetrics:
-        network = make_network(config.model, num_classes, hyper)
+        network = make_network(model, num_classes, hyper)
         variables = {"params": params, "batch_stats": batch_stats}
         count = len(labels) if count is None else count
 
         def body(i: Array, metrics: EvalMetrics) -> EvalMetrics:
             rows = i * size + jnp.arange(size)
             mask = rows < count
-            if layout.in_batches:
-                batch = Batch(*layout.batch(images, labels, i), mask)
-            else:
-                rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
-                batch = Batch(*layout.take(images, labels, rows), mask)
+            rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
+            batch = Batch(*layout.take(images, labels, rows, i), mask)
             logits = network.apply(variables, to_inputs(batch.images), train=False)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return metrics.merge(
@@ -234,7 +229,7 @@ def make_evaluate(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEV
     return evaluate
 
 
-def make_population_statistics(config: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
+def make_population_statistics(model: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
     """`statistics(params, batch_stats, hyper, images) -> batch_stats` of all the images as one batch.
 
     A training-mode pass with momentum 0 leaves exactly that: each layer's pooled mean and variance, given
@@ -244,9 +239,9 @@ def make_population_statistics(config: ConfigDict, num_classes: int, layout: Lay
     def statistics(
         params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "examples features"]
     ) -> Any:
-        network = make_network(config.model, num_classes, hyper.replace(batch_norm_momentum=0.0))
+        network = make_network(model, num_classes, hyper.replace(batch_norm_momentum=0.0))
         variables = {"params": params, "batch_stats": batch_stats}
-        inputs = to_inputs(layout.without_padding(images))
+        inputs = to_inputs(layout.whole_images(images))
         _, updates = network.apply(variables, inputs, train=True, mutable=["batch_stats"])
         return updates["batch_stats"]
 

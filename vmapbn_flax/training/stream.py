@@ -8,22 +8,20 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Array, Int
-from ml_collections import ConfigDict
 
 from vmapbn_flax.data import Dataset, Examples
 from vmapbn_flax.data.arrays import gather
-from vmapbn_flax.training.layout import Layout
+from vmapbn_flax.training.layout import Arrays, Layout
 
 _WINDOW_BYTES = 4e6  # at the most, unless a batch is larger: about as much as is decoded in a second
 
 _NOWHERE = -2  # no window, nor the one before any
 
 Window = TypeVar("Window")
-Arrays = tuple[Array, Array]  # images and labels on the device
 
 
 class Stream:
-    """The batches of a run of `config` on `dataset`, and what it evaluates, in windows that lie on the device.
+    """The batches of a run on `dataset`, and what it evaluates, in windows that lie on the device.
 
     The examples of an epoch, in the order of its permutation, are cut into windows of equally many whole
     batches; the end of the last may be blank. Each is a small training set of its own, already in order, so that
@@ -32,31 +30,37 @@ class Stream:
     Two windows of training examples are alive at a time, and two batches of those that are evaluated.
 
     Args:
-      num_steps: of the run.
-      order: the permutation of the training examples in an epoch.
       layout: of the batches over the devices; each process reads its share of them.
+      order: the permutation of the training examples in an epoch.
       put_order: a permutation to the device.
+      num_steps: of the run.
+      group: the examples of a batch that are not divided over devices.
+      max_bytes: of all windows that are alive at a time; a window has one batch at least.
     """
 
     def __init__(
         self,
-        config: ConfigDict,
         dataset: Dataset,
-        num_steps: int,
-        order: Callable[[int], np.ndarray],
         layout: Layout,
+        order: Callable[[int], np.ndarray],
         put_order: Callable[[np.ndarray], Array],
+        *,
+        num_steps: int,
+        batch_size: int,
+        group: int,
+        eval_batch_size: int,
+        max_bytes: float,
     ):
-        self._train, self._layout, self._group = dataset.train, layout, config.model.ghost_batch_size or 1
+        self._train, self._layout, self._group = dataset.train, layout, group
         self._order = functools.lru_cache(maxsize=1)(order)
-        self._batch_size, self._eval_batch_size = config.train.batch_size, config.train.eval_batch_size
-        self._epoch_steps = len(dataset.train) // self._batch_size
-        window_bytes = min(_WINDOW_BYTES, config.data.memory_limit * 1e9 / 2)
-        most = max(1, int(window_bytes / dataset.train[: self._batch_size].nbytes))
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._epoch_steps = len(dataset.train) // batch_size
+        window_bytes = min(_WINDOW_BYTES, max_bytes / 2)
+        most = max(1, int(window_bytes / dataset.train[:batch_size].nbytes))
         self._window_steps = -(-self._epoch_steps // -(-self._epoch_steps // most))  # none much shorter than the rest
         self._epoch_windows = -(-self._epoch_steps // self._window_steps)
         self._end = self._locate(num_steps - 1)[0] + 1
-        self._in_order = put_order(np.arange(self._window_steps * self._batch_size, dtype=np.int32))
+        self._in_order = put_order(np.arange(self._window_steps * batch_size, dtype=np.int32))
         self._windows: Iterator[Arrays] | None = None
         self.close()
 
@@ -98,10 +102,7 @@ class Stream:
         self, split: Examples, batches: Int[np.ndarray, "batches batch"], group: int, stopped: Callable[[], bool]
     ) -> Arrays:
         """On the devices, the examples that have the numbers in `batches`; -1 is a blank one."""
-        if not self._layout.in_batches:
-            return self._layout.put(gather(split, batches.reshape(-1), stopped))
-        share = self._layout.share(batches, group)
-        return self._layout.put_share(gather(split, share.reshape(-1), stopped), len(batches))
+        return self._layout.put_batches(batches, group, lambda rows: gather(split, rows, stopped))
 
     def batches(self, split: Examples) -> Iterator[tuple[Array, Array, np.int32]]:
         """Images and labels of `split`, a batch of evaluation at a time, and how many of them are not blank."""
