@@ -17,7 +17,7 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.config import of_one_process
+from vmapbn_flax.config import without_distributed
 from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
 from vmapbn_flax.multihost import distributed
 from vmapbn_flax.training.metrics import EvalMetrics
@@ -239,7 +239,7 @@ def joined(config: ConfigDict) -> Iterator[Group]:
       UsageError: their configs differ.
     """
     joining = config.distributed.to_dict()
-    config = of_one_process(config)
+    config = without_distributed(config)
     if not joining["coordinator"]:
         yield Group(config)
         return

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import flat, of_one_process, validate
+from vmapbn_flax.config import flat, validate, without_distributed
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.training.state import TRACED_FIELDS
 
@@ -41,7 +41,7 @@ def expand(config: ConfigDict) -> list[Member]:
     if not sweep:
         raise UsageError("config.sweep: got no field to sweep, expected at least one, as in configs/sweep_lr.py")
     validate(base)
-    base = of_one_process(base)
+    base = without_distributed(base)
     labels = _labels(sweep)
     members = []
     for values in _COMBINE[base.sweep_options.mode](sweep, fields, base.sweep_options):
