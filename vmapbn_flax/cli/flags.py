@@ -35,7 +35,7 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     if not isinstance(config, ConfigDict):
         raise UsageError(
             f"{source}: got a {type(config).__name__} from its get_config(), expected a ConfigDict. "
-            f"Return the config there, as configs/vmap_bn.py does."
+            f"Return one made from vmapbn_flax.default_config()."
         )
     config.lock()
     path, _, workdir = source.partition(":")
@@ -49,7 +49,7 @@ def _explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, KeyError | AttributeError):  # a field that is not there, quoted once or twice
         lines = [line.strip(" '\"\\") for line in text.replace("\\n", "\n").splitlines()]
-        return f"got an unknown field ({': '.join(lines)}), expected one of those in configs/default.py"
+        return f"got an unknown field ({': '.join(lines)}), expected one of vmapbn_flax.default_config()"
     # Theirs may quote a whole traceback; the reason comes last.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, OSError):
@@ -57,4 +57,4 @@ def _explain(error: Exception) -> str:
     reason = lines[0] if len(lines) == 1 else f"{lines[0].removesuffix(':')}: {lines[-1]}"
     if not isinstance(error, flags.Error):
         reason = f"{type(error).__name__} in the config file: {reason}"
-    return f"got a command line or config file that cannot be used ({reason}), expected fields of configs/default.py"
+    return f"got a command line or config file that cannot be used ({reason}), expected a config file and fields of vmapbn_flax.default_config()"

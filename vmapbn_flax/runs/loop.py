@@ -19,7 +19,7 @@ from vmapbn_flax.files import write_json
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs, figures
 from vmapbn_flax.runs.record import Record
-from vmapbn_flax.training.state import steps_in
+from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.runs.timing import Timing
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device

@@ -51,8 +51,7 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
                 raise RunError(
                     f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead"
                 )
-            data = config.data
-            dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+            dataset = load_dataset(config.data)
             # The last to find fault with the config: nothing is written before.
             programs = Programs(config, dataset, solo_mesh(config))
         with contextlib.closing(programs):

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.training import mesh, steps
+from vmapbn_flax.training.hyperparameters import make_hyperparameters
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import TrainState, create_state, make_hyperparameters
+from vmapbn_flax.training.state import TrainState, create_state
 
 
 class GroupPrograms(Programs):

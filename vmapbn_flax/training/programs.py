@@ -16,9 +16,10 @@ from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.compiler import Compiler
+from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import Layout
 from vmapbn_flax.training.metrics import EvalMetrics, compute
-from vmapbn_flax.training.state import TrainState, create_state, learning_rate, make_hyperparameters, steps_in
+from vmapbn_flax.training.state import TrainState, create_state, learning_rate
 from vmapbn_flax.training.stream import Stream
 
 # Of a state, what `Programs.fetch` can be asked for.
