@@ -190,7 +190,7 @@ BAD = [
     ),
     ({"model__norm": ("uniform", 0, 1)}, {"sweep_options__mode": "random"}, "expected choices"),
     ({"model__hidden": (tuple(range(1, 90)),)}, {}, r"a name of \d+ characters"),
-    ({}, {}, "got no field to sweep"),
+    ({}, {}, "got nothing to sweep"),
 ]
 
 

@@ -37,10 +37,7 @@ def load_dataset(data: ConfigDict) -> Dataset:
       UsageError: the data is missing, damaged or not of this kind, or too small for `data.validation_size`.
     """
     max_bytes = data.memory_limit * 1e9
-    if data.name == bundled.NAME:
-        dataset = bundled.load(data.dir)
-    else:
-        dataset = prepared.load(data.name, data.dir, max_bytes)
+    dataset = bundled.load(data.dir) if data.name == bundled.NAME else prepared.load(data.name, data.dir, max_bytes)
     dataset = dataclasses.replace(dataset, streamed=dataset.nbytes > max_bytes)
     train, size = dataset.train, data.validation_size
     if not 0 <= size < len(train):

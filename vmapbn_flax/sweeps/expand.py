@@ -39,7 +39,7 @@ def expand(config: ConfigDict) -> list[Member]:
     sweep = {name: _values(name, values, fields) for name, values in flat(config.sweep).items()}
     if not sweep:
         raise UsageError(
-            "config.sweep: got no field to sweep, expected at least one, such as config.sweep.seed = (0, 1, 2)"
+            "config.sweep: got nothing to sweep, expected at least one field, as in config.sweep.seed = (0, 1)"
         )
     validate(base)
     base = without_distributed(base)
