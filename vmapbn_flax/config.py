@@ -227,7 +227,7 @@ def _may_change(name: str, before: dict, now: dict) -> bool:
 
 def flat(config: ConfigDict) -> dict[str, Any]:
     """Every field by its dotted name."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             fields |= {f"{name}.{inner}": leaf for inner, leaf in flat(value).items()}

@@ -134,12 +134,7 @@ def _typed(name: str, value: Any, field: Any) -> Any:
 
 def _with(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     config = base.copy_and_resolve_references()
-    for name, value in values.items():
-        *sections, leaf = name.split(".")
-        section = config
-        for key in sections:
-            section = section[key]
-        section[leaf] = value
+    config.update_from_flattened_dict(values)
     return config
 
 
