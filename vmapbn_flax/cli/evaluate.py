@@ -25,7 +25,6 @@ def evaluate(workdir: Path, step: int | None = None, norm: str | None = None) ->
         if config.model.norm == "none":
             raise UsageError(f"--norm={norm}: got a run without batch norm, {workdir}, expected one with it")
         config.model.norm = norm
-    data = config.data
-    programs = Programs([config], load_dataset(data.name, data.dir, data.validation_size, data.memory_limit))
+    programs = Programs([config], load_dataset(config.data))
     state = load_state(workdir, step, programs)
     return {"step": int(state.step), **programs.evaluate(state)}

@@ -60,8 +60,7 @@ def parity(config: ConfigDict) -> list[Difference]:
     validate(config)
     if config.model.norm == "none":
         raise UsageError("config.model.norm: got 'none', expected 'vmap' or 'batched': parity compares the two")
-    data = config.data
-    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    dataset = load_dataset(config.data)
     programs = []
     for norm in ("vmap", "batched"):
         variant = config.copy_and_resolve_references()  # a deep copy: programs read it when they are compiled

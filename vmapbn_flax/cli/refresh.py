@@ -26,11 +26,10 @@ def refresh(workdir: Path, step: int | None = None) -> dict[str, dict[str, float
     config = load_config(workdir)
     if config.model.norm == "none":
         raise UsageError(f"{workdir}: got a run without batch norm, expected one that has statistics to refresh")
-    data = config.data
-    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    dataset = load_dataset(config.data)
     if dataset.streamed:
         raise UsageError(
-            f"config.data.memory_limit: got {data.memory_limit}, expected at least "
+            f"config.data.memory_limit: got {config.data.memory_limit}, expected at least "
             f"{dataset.gigabytes}, for {dataset.name}, whose training set is taken as one batch. "
             f"With memory for many times that, raise it in {workdir / 'config.json'}."
         )

@@ -23,8 +23,8 @@ from vmapbn_flax.files import read_json, read_lines
 from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loading import load_state
+from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import steps_in
 
 
 class Comparison(NamedTuple):
@@ -46,8 +46,7 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
       RunError: a process failed, or the run was over before it could be stopped.
     """
     validate(config)
-    data = config.data
-    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    dataset = load_dataset(config.data)
     validate_sizes(config, len(dataset.train))
     total = steps_in(config.train.num_epochs, len(dataset.train) // config.train.batch_size)
     log_every = min(config.train.log_every, max(1, total // 4))  # so that at the first row there is much to go

@@ -130,9 +130,7 @@ def _finish(loop: Loop, record: Record, programs: Programs, processes: Processes
         record.flush()
         if processes.first:
             import_pictures().plot_runs([workdir.path], workdir.picture)
-        summary = record.finish(
-            loop.step, [loop.step, *saved], loop.timing.seconds(), device_name(programs.devices)
-        )
+        summary = record.finish(loop.step, [loop.step, *saved], loop.timing.seconds(), device_name(programs.devices))
     if processes.first:
         figures = {k: v for k, v in summary.items() if isinstance(v, int | float) and k != "seed"}
         more = {"seconds": summary["seconds"]["total"], "picture": workdir.picture}

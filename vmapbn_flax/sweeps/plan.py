@@ -10,7 +10,7 @@ from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs import console
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.sweeps.expand import Member, chunk, expand, group
+from vmapbn_flax.sweeps.expand import Member, chunk, expand, program_groups
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.members import member_bytes
@@ -33,7 +33,7 @@ class Datasets:
         data = config.data
         key = (data.name, data.dir, data.validation_size, data.memory_limit)
         if key != self._key:
-            self._key, self._dataset = key, load_dataset(*key)
+            self._key, self._dataset = key, load_dataset(data)
         if self._dataset.streamed:  # each member would have windows of its own, in its own order
             raise UsageError(
                 f"config.data.memory_limit: got {data.memory_limit}, expected at least "
@@ -67,7 +67,7 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
                     f"by one, or choose another --workdir."
                 )
     plan = []
-    for together in group([member for name, member in members.items() if name not in ledger.members]):
+    for together in program_groups([member for name, member in members.items() if name not in ledger.members]):
         most = config.sweep_options.chunk or _most_members(together, datasets)
         plan += [[member.name for member in part] for part in chunk(together, most)]
     ledger.add(plan)

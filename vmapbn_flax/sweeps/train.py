@@ -58,7 +58,9 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
             with signals.deferred() as received:
                 _Sweep(config, workdir, ledger, members, datasets, processes, received).train()
             if processes.first:
-                from vmapbn_flax.sweeps.report import report  # matplotlib, which has been imported if anything was trained
+                from vmapbn_flax.sweeps.report import (
+                    report,  # matplotlib, which has been imported if anything was trained
+                )
 
                 report(workdir)
         return ledger
