@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import struct
 
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore, restore_latest, saved_steps
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore, restore_latest, saved_steps
 
 CONFIG = {"seed": 0, "model": {"hidden": [3, 4]}, "optimizer": {"learning_rate": 1e-3}}
 

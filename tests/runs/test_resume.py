@@ -4,16 +4,16 @@ import shutil
 import signal
 
 import pytest
+
 from tests.helpers import small
 from tests.helpers.runs import CONFIG, command, leftovers, outcome, state_bytes
 from tests.runs.test_metrics import scalars
-
+from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.runs import train as loop
 from vmapbn_flax.runs.checkpoints import saved_steps
-from vmapbn_flax.cli.flags import parse_config
-from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.runs.record import Record
+from vmapbn_flax.training.programs import Programs
 
 TOTAL = 30  # 6 steps an epoch, for 5 epochs
 

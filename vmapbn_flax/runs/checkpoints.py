@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.digest import Arrays, digest, require_whole, write_sums
-from vmapbn_flax.errors import RunError
 
 State = TypeVar("State")
 

@@ -11,16 +11,16 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from vmapbn_flax.runs import console
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore_latest
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.files import write_json
+from vmapbn_flax.runs import console
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore_latest
+from vmapbn_flax.runs.record import Record
+from vmapbn_flax.runs.timing import Timing
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs, figures
-from vmapbn_flax.runs.record import Record
 from vmapbn_flax.training.state import steps_in
-from vmapbn_flax.runs.timing import Timing
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from vmapbn_flax.runs.metric_writer import MetricWriter
 
-from vmapbn_flax.runs.checkpoints import versions
 from vmapbn_flax.config import flat, resume_changes
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import read_lines, write_json
-from vmapbn_flax.runs.metric_writer import MetricWriter
+from vmapbn_flax.runs.checkpoints import versions
 from vmapbn_flax.training.metrics import TrainMetrics, compute
 
 

@@ -8,20 +8,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vmapbn_flax.runs import console
-
-from vmapbn_flax.multihost import processes
-
 from vmapbn_flax import signals
 from vmapbn_flax.config import resume_changes, validate
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import REFRESHED, read_json, workdir_lock
+from vmapbn_flax.multihost import processes
+from vmapbn_flax.runs import console
+from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.runs.record import Record
 from vmapbn_flax.sweeps.ledger import refuse_unfinished_member
 from vmapbn_flax.training.mesh import divide_cpu, solo_mesh
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.runs.record import Record
-from vmapbn_flax.runs.loop import Run
 
 
 def train(config: ConfigDict, workdir: Path, started: float | None = None) -> dict[str, Any]:
