@@ -9,6 +9,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmapbn_flax.nn import MLP, BatchedBatchNorm, BatchedMLP, BatchNorm, VmapBatch
 
+    __version__: str
+
 __all__ = ["MLP", "BatchNorm", "BatchedBatchNorm", "BatchedMLP", "VmapBatch"]
 
 

@@ -86,21 +86,22 @@ class BatchNorm(nn.Module):
 
     `x` is one example, `(*spatial, features)`. In training, statistics run over its spatial axes and
     over every axis in `axis_name`, so the layer must be called where those axes are mapped. Evaluation
-    needs no axis:
+    needs no axis.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from vmapbn_flax import BatchNorm
-    >>> layer, image = BatchNorm(axis_name="batch"), jnp.ones((28, 28, 3))
-    >>> variables = layer.init(jax.random.key(0), image, train=False)
-    >>> jax.tree.map(jnp.shape, variables)
-    {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
-    >>> images = jnp.ones((8, 28, 28, 3))
-    >>> def forward(variables, image):
-    ...     return layer.apply(variables, image, train=True, mutable=["batch_stats"])
-    >>> mapped = jax.vmap(forward, in_axes=(None, 0), out_axes=(0, None), axis_name="batch")
-    >>> y, updates = mapped(variables, images)
-    >>> y.shape, updates["batch_stats"]["mean"].shape
-    ((8, 28, 28, 3), (3,))
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from vmapbn_flax import BatchNorm
+      >>> layer, image = BatchNorm(axis_name="batch"), jnp.ones((28, 28, 3))
+      >>> variables = layer.init(jax.random.key(0), image, train=False)
+      >>> jax.tree.map(jnp.shape, variables)
+      {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
+      >>> images = jnp.ones((8, 28, 28, 3))
+      >>> def forward(variables, image):
+      ...     return layer.apply(variables, image, train=True, mutable=["batch_stats"])
+      >>> mapped = jax.vmap(forward, in_axes=(None, 0), out_axes=(0, None), axis_name="batch")
+      >>> y, updates = mapped(variables, images)
+      >>> y.shape, updates["batch_stats"]["mean"].shape
+      ((8, 28, 28, 3), (3,))
 
     `VmapBatch` does this for a whole Flax network. Statistics are computed in at least float32, and the
     variance is biased. A training step moves the running statistics by
@@ -122,8 +123,10 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance. May be a traced scalar.
       dtype: of the result; by default the type that `x`, scale and bias promote to.
       param_dtype: of scale and bias. Running statistics have this type, or float32 if it is narrower.
-      use_bias, use_scale: whether learned parameters shift and scale the result.
-      bias_init, scale_init: their initializers.
+      use_bias: whether a learned parameter shifts the result.
+      use_scale: whether a learned parameter scales the result.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
       use_fast_variance: compute E[x^2] - E[x]^2, in one reduction; loses all digits when the mean is large.
       unbiased_running_var: accumulate the running variance times n / (n - 1), as PyTorch does, where n is
         the number of values, or the sum of their weights. Normalisation still uses the biased variance.

@@ -118,7 +118,8 @@ def to_equinox(variables: Variables, model: Any, state: Any) -> tuple[Any, Any]:
 
     Args:
       variables: of `MLP`.
-      model, state: of the target network, from `equinox.nn.make_with_state`; not changed.
+      model: the target network, from `equinox.nn.make_with_state`; not changed.
+      state: of that network, from the same call; not changed.
 
     Returns:
       A new model and a new state.

@@ -12,14 +12,15 @@ from vmapbn_flax.nn.vmap_batch import zero_masked
 class MLP(nn.Module):
     """A multilayer perceptron for one example: dense, norm, sigmoid, ..., dense.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from vmapbn_flax import MLP, VmapBatch
-    >>> model = MLP(hidden=(100, 100, 100), num_classes=10)
-    >>> variables = model.init(jax.random.key(0), jnp.ones(784), train=False)
-    >>> model.apply(variables, jnp.ones(784), train=False).shape
-    (10,)
-    >>> VmapBatch(model).apply(variables, jnp.ones((128, 784)), train=False).shape
-    (128, 10)
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from vmapbn_flax import MLP, VmapBatch
+      >>> model = MLP(hidden=(100, 100, 100), num_classes=10)
+      >>> variables = model.init(jax.random.key(0), jnp.ones(784), train=False)
+      >>> model.apply(variables, jnp.ones(784), train=False).shape
+      (10,)
+      >>> VmapBatch(model).apply(variables, jnp.ones((128, 784)), train=False).shape
+      (128, 10)
 
     Attributes:
       hidden: widths of the hidden layers.
