@@ -1,4 +1,7 @@
-"""Data sets, in memory or on the disk: the bundled MNIST, and what tensorflow-datasets has prepared."""
+"""Sets of labelled images, in memory or on the disk: the bundled MNIST, and sets prepared by tensorflow-datasets.
+
+Uses numpy and, for prepared sets, tensorflow-datasets; of this package `errors` alone. Nothing here imports JAX.
+"""
 
 import dataclasses
 

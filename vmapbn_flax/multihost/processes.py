@@ -27,9 +27,7 @@ from vmapbn_flax.multihost import distributed
 _FAILURE = "vmapbn_flax/failure"
 _LOOK_SECONDS = 1.0  # between two looks for a failure
 _NOTICE_SECONDS = 5.0  # that a failed process gives the others to take notice
-_SILENCE_SECONDS = (
-    8.0  # in which a broken connection is explained by a failure, or the process behind it taken for dead
-)
+_SILENCE_SECONDS = 8.0  # in which a failure explains a broken connection, or a process is taken for dead
 
 
 class SharedError(RunError):

@@ -230,9 +230,10 @@ def _names(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _named(state: Any) -> Arrays:
-    # Copies: on the CPU an array of the host may be a view of a buffer that the next step will write to.
-    shared = {name: isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for name, leaf in _names(state)}
-    return {name: leaf if shared[name] else np.array(leaf) for name, leaf in _names(state)}
+    def as_saved(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable else np.asarray(leaf)
+
+    return {name: as_saved(leaf) for name, leaf in _names(state)}
 
 
 def _from_arrays(arrays: Arrays, template: State, path: Path) -> State:

@@ -183,8 +183,7 @@ class Loop:
 
     def _advance(self, count: int) -> float:
         """Takes `count` steps and prepares the training rows if they are due; returns the seconds it took."""
-        # Copies: on the CPU an array of the host may be a view of a buffer that the step writes to.
-        before = [jax.tree.map(np.array, s) for s in self._programs.split(self.state.batch_stats) if self.step == 0]
+        before = self._programs.split(self.state.batch_stats) if self.step == 0 else []
         with self.timing.clock("train") as clock:
             self.state = self._programs.advance(self.state, self.step, count)
             self._counters = self._programs.split(counters(self.state))
