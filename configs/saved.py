@@ -8,9 +8,9 @@ from pathlib import Path
 
 from vmapbn_flax import default_config
 from vmapbn_flax.config import restore_config
-from vmapbn_flax.files import read_json
+from vmapbn_flax.runs.workdir import Workdir
 
 
 def get_config(workdir):
-    path = Path(workdir) / "config.json"
-    return restore_config(default_config(), read_json(path), str(path))
+    saved = Workdir(Path(workdir))
+    return restore_config(default_config(), saved.read_config(), str(saved.config))

@@ -9,9 +9,9 @@ import pytest
 from tensorboardX.proto.api_pb2 import DataType
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
-from vmapbn_flax.runs.metric_writer import MetricWriter
 
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.runs.metric_writer import MetricWriter
 from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics, compute
 
 HEADER, FOOTER = struct.Struct("<QI"), 4  # TFRecord: length and its checksum; the record's checksum

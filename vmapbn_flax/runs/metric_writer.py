@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 
 from vmapbn_flax.files import AppendLog
-from vmapbn_flax.runs.tensorboard import EventFile
 from vmapbn_flax.runs.workdir import Workdir
 
 
@@ -16,6 +15,8 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Workdir, resume_step: int):
+        from vmapbn_flax.runs.tensorboard import EventFile  # while the device compiles: tensorboardX takes its time
+
         self._log = AppendLog(workdir.metrics)
         self._log.cut_back(lambda row: row["step"] <= resume_step)
         self._events = EventFile(workdir.path, first_step=resume_step + 1)

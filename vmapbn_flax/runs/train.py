@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +39,7 @@ def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[
     """
     started = time.monotonic() if started is None else started
     validate(config)
-    divide_cpu(config, sweep=False)
+    divide_cpu(config.mesh, sweep=False, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         config, workdir = without_distributed(config), Workdir(path, writes=processes.first)
         processes.require_same(config=config.to_dict(), versions=versions())
@@ -49,9 +49,30 @@ def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[
         if processes.count > 1:
             processes.require_same(data=dataset.fingerprint())
         # The last to find fault with the config: nothing is written before.
-        programs = Programs([config], dataset, solo_mesh(config))
-        with contextlib.closing(programs), workdir.held(processes):
+        programs = Programs([config], dataset, solo_mesh(config.mesh))
+        with contextlib.closing(programs), held(workdir, processes):
             return _train(config, workdir, dataset, programs, processes, started)
+
+
+@contextlib.contextmanager
+def held(workdir: Workdir, processes: Processes) -> Iterator[None]:
+    """Holds the workdir for `processes`, of which the first has the lock.
+
+    Raises:
+      RunError: see `Workdir.lock`; or not every process sees the same directory.
+    """
+    with contextlib.ExitStack() as stack:
+        with processes.together() as agreement:
+            if processes.first:
+                stack.enter_context(workdir.lock())
+                agreement.say(holder=workdir.holder)
+        with processes.together():
+            if workdir.holder != agreement.heard[0]["holder"]:
+                raise RunError(
+                    f"{workdir}: got another directory here than process 0 has there; expected one that every "
+                    f"process sees. Put --workdir on a file system that they share."
+                )
+        yield
 
 
 def _train(

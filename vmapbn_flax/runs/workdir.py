@@ -10,7 +10,6 @@ from typing import Any
 
 from vmapbn_flax.errors import RunError, unwritable
 from vmapbn_flax.files import make_directory, read_json, read_lines, write_json
-from vmapbn_flax.multihost.processes import Processes
 
 
 class Workdir:
@@ -140,28 +139,13 @@ class Workdir:
 
     # Who holds it.
 
-    @contextlib.contextmanager
-    def held(self, processes: Processes) -> Iterator[None]:
-        """Holds the workdir for `processes`, of which the first has the lock.
-
-        Raises:
-          RunError: see `lock`; or not every process sees the same directory.
-        """
-        with contextlib.ExitStack() as stack:
-            with processes.together() as agreement:
-                if processes.first:
-                    stack.enter_context(self.lock())
-                    agreement.say(holder=self.lock_file.read_text())
-            with processes.together():
-                if not self.lock_file.exists() or self.lock_file.read_text() != agreement.heard[0]["holder"]:
-                    raise RunError(
-                        f"{self}: got another directory here than process 0 has there; expected one that every "
-                        f"process sees. Put --workdir on a file system that they share."
-                    )
-            yield
+    @property
+    def holder(self) -> str:
+        """Who has the lock, or had it last."""
+        return self._lock_file.read_text(errors="replace") if self._lock_file.exists() else ""
 
     @property
-    def lock_file(self) -> Path:
+    def _lock_file(self) -> Path:
         return self.path / ".lock"
 
     @contextlib.contextmanager
@@ -173,7 +157,7 @@ class Workdir:
         """
         make_directory(self.path)
         try:
-            file = self.lock_file.open("a+", errors="replace")
+            file = self._lock_file.open("a+", errors="replace")
         except OSError as error:
             raise unwritable(self.path, error) from error
         with file:

@@ -17,6 +17,7 @@ from vmapbn_flax.runs.checkpoints import Checkpoints, restore, versions
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
+from vmapbn_flax.runs.train import held
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
@@ -41,14 +42,14 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     members = {member.name: member for member in expand(config)}
-    mesh.divide_cpu(config, sweep=True)
+    mesh.divide_cpu(config.mesh, sweep=True)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
         named = {name: member.config.to_dict() for name, member in members.items()}
         processes.require_same(config=named, versions=versions())
         for member in members.values():
             validate_sizes(member.config, len(datasets.of(member.config).train))
-        with workdir.held(processes):
+        with held(workdir, processes):
             ledger = Ledger(workdir)
             with processes.together() as agreement:
                 if processes.first:
@@ -146,7 +147,7 @@ class _Sweep:
             dataset = self._datasets.of(configs[0])
             if self._processes.count > 1:
                 self._processes.require_same(data=dataset.fingerprint())
-            self._programs = Programs(configs, dataset, mesh.member_mesh(configs[0], len(configs)))
+            self._programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, len(configs)))
             self._compiled_for = key
         return self._programs
 
