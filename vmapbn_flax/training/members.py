@@ -17,10 +17,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.data import Dataset
-from vmapbn_flax.training.hyperparameters import make_hyperparameters
+from vmapbn_flax.training.hyperparameters import Hyperparameters, make_hyperparameters
 from vmapbn_flax.training.mesh import DATA, MEMBER
-from vmapbn_flax.training.state import create_state
-from vmapbn_flax.training.steps import Batch, make_loss
+from vmapbn_flax.training.state import create_state, make_network
 
 
 def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":
@@ -155,19 +154,20 @@ def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) ->
 
 def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
     """An estimate of the memory that a member takes beside the data, which all of them share."""
-    num_features, size = math.prod(dataset.train.image_shape), config.train.batch_size
-    hyper = make_hyperparameters(config, 1)
-    loss = make_loss(config.model, dataset.num_classes)
+    example = (1, math.prod(dataset.train.image_shape))
 
-    def backward(hyper: PyTree, batch: Batch) -> PyTree:
-        """All that the backward pass of a batch needs."""
-        state = create_state(config.model, config.optimizer, dataset.num_classes, num_features, hyper)
-        return state, jax.vjp(lambda params: loss(params, state.batch_stats, hyper, batch), state.params, has_aux=True)
+    def state_and_outputs(hyper: Hyperparameters) -> PyTree:
+        """The state, and what each layer makes of one example."""
+        state = create_state(config.model, config.optimizer, dataset.num_classes, example[1], hyper)
+        network = make_network(config.model, dataset.num_classes, hyper)
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return state, network.apply(variables, jnp.zeros(example), train=False, capture_intermediates=True)
 
-    batch = Batch(jnp.zeros((size, num_features), jnp.uint8), jnp.zeros(size, jnp.int32))
-    state, kept = jax.eval_shape(backward, hyper, batch)
-    examples = max(size, config.train.eval_batch_size)
-    return 2 * _nbytes(state) + 2 * _nbytes(kept) * examples // size + 4 * len(dataset.train)
+    state, outputs = jax.eval_shape(state_and_outputs, make_hyperparameters(config, 1))
+    # Of the outputs also their activations, and the cotangents of them.
+    activations = 4 * example[1] + 3 * _nbytes(outputs)
+    examples = max(config.train.batch_size, config.train.eval_batch_size)
+    return 2 * _nbytes(state) + examples * activations + 4 * len(dataset.train)
 
 
 def _nbytes(tree: PyTree) -> int:
