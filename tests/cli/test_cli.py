@@ -442,7 +442,7 @@ def test_out_of_memory(capsys, workdir):
     flags = ["--config.train.eval_batch_size=2000000000", "--config.train.num_epochs=1"]
     status, lines = command(capsys, "train", CONFIG, *flags, f"--workdir={workdir}")
     assert status == 1
-    assert re.fullmatch(r"error: got out of memory \(.*\); expected .* to fit. Lower .*eval_batch_size.*", lines[-1])
+    assert re.fullmatch(r"error: out of memory \(.*\): .* do not fit\. Lower .*eval_batch_size.*", lines[-1])
     assert saved_steps(workdir / "checkpoints") == []
 
 

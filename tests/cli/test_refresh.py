@@ -13,6 +13,8 @@ from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
 from vmapbn_flax.runs import train as loop
 from vmapbn_flax.runs.checkpoints import restore, saved_steps
+from vmapbn_flax.runs.loading import load_config
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.programs import Programs
 
 
@@ -35,10 +37,10 @@ def refreshed(tmp_path_factory):
 
 
 def load(workdir):
-    config = evaluate_module.load_config(workdir)
+    config = load_config(Workdir(workdir))
     template = Programs([config], small.mnist()).template()
     directory = workdir / "checkpoints"
-    return restore(directory, saved_steps(directory)[-1], template)
+    return restore(directory, saved_steps(directory)[-1], template)[0]
 
 
 def test_statistics_are_those_of_all_the_data(refreshed):
@@ -81,7 +83,7 @@ def test_training_refuses_it(refreshed):
     workdir, _ = refreshed
     contents = sorted(workdir.rglob("*"))
     with pytest.raises(RunError, match=r"refreshed: got refreshed statistics, expected a run; train in .*run instead"):
-        loop.train(evaluate_module.load_config(workdir), workdir / "refreshed")
+        loop.train(load_config(Workdir(workdir)), workdir / "refreshed")
     assert sorted(workdir.rglob("*")) == contents
 
 
@@ -100,7 +102,7 @@ def test_training_refuses_an_unfinished_one(refreshed, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         refresh(tmp_path)
     with pytest.raises(RunError, match="got refreshed statistics"):
-        loop.train(evaluate_module.load_config(workdir), tmp_path / "refreshed")
+        loop.train(load_config(Workdir(workdir)), tmp_path / "refreshed")
 
 
 def test_again_replaces_it(refreshed):

@@ -11,7 +11,7 @@ from tests.runs.test_metrics import scalars
 from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.runs import train as loop
 from vmapbn_flax.runs.checkpoints import saved_steps
-from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.training.programs import Programs
 
@@ -55,7 +55,7 @@ def train(capsys, workdir):
 @pytest.fixture
 def stop(monkeypatch):
     """Has SIGTERM arrive at exactly one step."""
-    advance, next_stop = Programs.advance, Run._next_stop
+    advance, next_stop = Programs.advance, Loop._next_stop
 
     def stop_at(target, signum=signal.SIGTERM):
         def next_stop_or_target(self):
@@ -67,7 +67,7 @@ def stop(monkeypatch):
                 signal.raise_signal(signum)
             return state
 
-        monkeypatch.setattr(Run, "_next_stop", next_stop_or_target)
+        monkeypatch.setattr(Loop, "_next_stop", next_stop_or_target)
         monkeypatch.setattr(Programs, "advance", advance_and_signal)
 
     return stop_at

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 
 from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_width
 from tests.helpers import small
+from tests.helpers.runs import command
 from vmapbn_flax import default_config
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import FIELDS, flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
 from vmapbn_flax.runs import train as loop
 from vmapbn_flax.runs.checkpoints import restore
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps import plan
 from vmapbn_flax.sweeps import train as sweep
 from vmapbn_flax.sweeps.expand import chunk, expand, program_groups, program_key
@@ -103,7 +106,7 @@ def rows(workdir):
 def figures(workdir):
     """All that a sweep found, without how long it took."""
     found = {}
-    for name in Ledger(workdir).members:
+    for name in Ledger(Workdir(workdir)).members:
         path = workdir / name / "summary.json"
         summary = json.loads(path.read_text()) | {"seconds": None} if path.exists() else None
         found[name] = rows(workdir / name), summary
@@ -302,6 +305,11 @@ def test_member_equals_its_run(eight, member, tmp_path):
         np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
     summary = json.loads((eight[0] / member.name / "summary.json").read_text())
     assert list(summary) == list(json.loads((tmp_path / "run" / "summary.json").read_text()))
+    template = Programs([member.config], small.dataset(20)).template()
+    workdirs = eight[0] / member.name, tmp_path / "run"
+    saved = [restore(workdir / "checkpoints", STEPS, template) for workdir in workdirs]
+    small.assert_close(*(state.params for state, _ in saved), rtol=1e-3, atol=1e-5)
+    assert saved[0][1] == saved[1][1]  # and what lies beside the state
 
 
 def test_batches_are_those_of_each_seed():
@@ -314,7 +322,7 @@ def test_batches_are_those_of_each_seed():
         small.assert_close(member, alone.advance(alone.create(), 0, 1))
 
 
-def test_signal_saves(eight, tmp_path, monkeypatch):
+def test_signal_saves(eight, tmp_path, monkeypatch, capsys):
     advance, calls = Programs.advance, []
 
     def advance_and_signal(*arguments):
@@ -331,8 +339,9 @@ def test_signal_saves(eight, tmp_path, monkeypatch):
     entry = ledger_of(tmp_path / "sweep")["members"][name]
     assert entry["status"] == "running"
     assert [path.name for path in (tmp_path / "sweep/groups/0/checkpoints").iterdir()] == [str(entry["step"])]
-    with pytest.raises(RunError, match=r"got a member that its sweep is not done with .*--config=configs/saved\.py"):
-        loop.train(expand(sweep_config())[0].config, tmp_path / "sweep" / name)
+    status, lines = command(capsys, "train", f"--config={saved.__file__}:{tmp_path / 'sweep' / name}")
+    assert (status, len(lines)) == (1, 1)
+    assert re.search(r"got a member that its sweep is not done with .*--config=configs/saved\.py", lines[0])
     sweep.train_sweep(sweep_config(), tmp_path / "sweep")
     assert ledger_of(tmp_path / "sweep") == ledger_of(eight[0])
     assert figures(tmp_path / "sweep") == figures(eight[0])
@@ -350,7 +359,7 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         assert (workdirs[0] / name / "metrics.jsonl").read_text() == (workdirs[1] / name / "metrics.jsonl").read_text()
         template = Programs([healthy_config := expand(healthy)[0].config], small.dataset(20)).template()
         assert healthy_config.train.max_skipped_steps == 4
-        states = [restore(workdir / name / "checkpoints", STEPS, template) for workdir in workdirs]
+        states = [restore(workdir / name / "checkpoints", STEPS, template)[0] for workdir in workdirs]
         small.assert_same_bits(*states)
     entry = ledger_of(workdirs[1])["members"]["learning_rate=1e+38"]
     assert entry["status"] == "diverged"
