@@ -9,7 +9,7 @@ from tests.helpers import small
 from tests.helpers.runs import CONFIG, command, leftovers, outcome, state_bytes
 from tests.runs.test_metrics import scalars
 from vmapbn_flax.cli.flags import parse_config
-from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
@@ -27,8 +27,8 @@ def small_and_compiled_once():
         return programs.setdefault(configs[0].to_json(), Programs(configs, dataset, devices))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_dataset", lambda *where: small.dataset())
-        patch.setattr(loop, "Programs", compiled)
+        patch.setattr(run, "load_dataset", lambda *where: small.dataset())
+        patch.setattr(run, "Programs", compiled)
         patch.setattr("vmapbn_flax.runs.pictures.plot_runs", lambda workdirs, output: output.touch())
         yield
 
@@ -37,7 +37,7 @@ def small_and_compiled_once():
 def undisturbed(tmp_path_factory):
     """The workdir of a run from start to end in one go."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    loop.train(parse_config([CONFIG])[0], workdir)
+    run.train(parse_config([CONFIG])[0], workdir)
     return workdir
 
 
@@ -199,8 +199,8 @@ def test_fewer_data_are_refused(train, workdir, undisturbed, monkeypatch):
     shutil.copytree(undisturbed, workdir)
     (workdir / "summary.json").unlink()
     fewer = dataclasses.replace(small.dataset(), train=small.dataset().train[:64])
-    monkeypatch.setattr(loop, "load_dataset", lambda *where: fewer)
-    monkeypatch.setattr(loop, "Programs", Programs)
+    monkeypatch.setattr(run, "load_dataset", lambda *where: fewer)
+    monkeypatch.setattr(run, "Programs", Programs)
     status, lines = train()
     assert (status, len(lines)) == (1, 1)
     assert "got a checkpoint of step 30, expected at most the 20 of this run: its data set has shrunk" in lines[0]

@@ -81,7 +81,7 @@ def test_what_it_is(tmp_path, files, kinds):
 
 def test_nothing_is_what_is_not_there(tmp_path):
     workdir = Workdir(tmp_path / "nothing")
-    assert not (workdir.is_run or workdir.is_sweep or workdir.is_refreshed)
+    assert (workdir.is_run, workdir.is_sweep, workdir.is_refreshed) == (False, False, False)
     assert (workdir.read_rows(), workdir.holder) == ([], "")
     with pytest.raises(RunError, match=r"nothing/config\.json: got No such file or directory"):
         workdir.read_config()

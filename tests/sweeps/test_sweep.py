@@ -19,7 +19,7 @@ from vmapbn_flax import default_config
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import FIELDS, flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
-from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import restore
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps import plan
@@ -53,7 +53,7 @@ def sweep_config(sweep=None, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plan, loop):
+        for module in (plan, run):
             patch.setattr(module, "load_dataset", lambda data: small.dataset(data.validation_size))
         yield
 
@@ -231,7 +231,7 @@ def test_data_larger_than_its_limit_is_refused(tmp_path, monkeypatch):
 
 def test_a_sweep_is_no_run(tmp_path):
     with pytest.raises(UsageError, match=r"config\.sweep: got values of optimizer\.learning_rate, seed, expected none"):
-        loop.train(sweep_config(), tmp_path / "run")
+        run.train(sweep_config(), tmp_path / "run")
 
 
 ARGUMENTS = {name for name, field in FIELDS.items() if field.traced} - {"train.num_epochs"}
@@ -295,7 +295,7 @@ def test_finished_sweep_trains_nothing(eight, monkeypatch):
 def test_member_equals_its_run(eight, member, tmp_path):
     """The same rows; what floating point rounds differently, it has had 20 steps to amplify."""
     member = expand(sweep_config())[member]
-    loop.train(member.config, tmp_path / "run")
+    run.train(member.config, tmp_path / "run")
     got, expected = rows(eight[0] / member.name), rows(tmp_path / "run")
     assert [list(row) for row in got] == [list(row) for row in expected]
     for name in ("step", "learning_rate", "test_count", "validation_count"):
@@ -369,7 +369,7 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
     assert max(row["step"] for row in rows(diverged)) <= entry["step"]
     assert [path.name for path in (diverged / "checkpoints").iterdir()] == [str(entry["step"])]
     with pytest.raises(RunError, match=r"got 4 steps in a row whose loss or gradients are not finite"):
-        loop.train(expand(sick)[2].config, diverged)
+        run.train(expand(sick)[2].config, diverged)
 
 
 def test_group_of_which_all_diverge_ends(tmp_path):
@@ -458,7 +458,7 @@ def test_finished_member_continues_alone(copy_of_eight):
     assert flat(config) == flat(next(member.config for member in expand(sweep_config()) if member.name == name))
     before = rows(copy_of_eight / name)
     config.train.num_epochs = 5.0
-    assert loop.train(config, copy_of_eight / name)["step"] == 25
+    assert run.train(config, copy_of_eight / name)["step"] == 25
     assert rows(copy_of_eight / name)[: len(before)] == before
     # To its sweep it is what it was.
     assert sweep.train_sweep(sweep_config(), copy_of_eight).count("done") == 8
