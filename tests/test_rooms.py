@@ -16,7 +16,7 @@ PACKAGE = Path(vmapbn_flax.__file__).parent
 NAME = PACKAGE.name
 ROOMS = ("cli", "sweeps", "runs", "multihost", "training", "data", "nn")  # each imports from those after it
 GROUND = {"config", "defaults", "errors", "files", "signals"}  # modules, which every room may use
-FILES = set(["config.json", "metrics.jsonl", "summary.json", "accuracy.png", "sweep.json", "sweep.png", "refresh.json"])
+FILES = {"config.json", "metrics.jsonl", "summary.json", "accuracy.png", "sweep.json", "sweep.png", "refresh.json"}
 
 
 def dotted(path):
@@ -121,11 +121,11 @@ def state():
 outside, modules = map(json.loads, sys.argv[1:])
 for name in outside:  # what these change is theirs
     importlib.import_module(name)
-before, changed = state(), {}
+before, changed = state(), []
 for module in modules:
     importlib.import_module(module)
     after = state()
-    changed |= {f"{what} by {module}": repr(after[what]) for what in before if after[what] != before[what]}
+    changed += [f"{what} by {module}" for what in before if after[what] != before[what]]
     before = after
 print(json.dumps(changed))
 """
@@ -134,7 +134,7 @@ print(json.dumps(changed))
 def test_nothing_happens_at_import():
     outside = {name for tree in TREES.values() for name in imports(tree.body) if name.partition(".")[0] != NAME}
     modules = [NAME, *(module for module in TREES if module not in (NAME, f"{NAME}.__main__"))]
-    assert python(CHANGED, json.dumps(sorted(outside)), json.dumps(modules)) == {}
+    assert python(CHANGED, json.dumps(sorted(outside)), json.dumps(modules)) == []
 
 
 # Names of files.
