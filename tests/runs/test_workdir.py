@@ -60,15 +60,15 @@ def test_errors_name_it_as_it_was_given():
 @pytest.mark.parametrize(
     ("files", "kinds"),
     [
-        ([], set()),
-        (["config.json"], {"run"}),
-        (["metrics.jsonl"], {"run"}),
-        (["config.json", "metrics.jsonl", "summary.json"], {"run"}),
-        (["sweep.json"], {"sweep"}),
-        (["config.json", "sweep.json"], {"sweep"}),
-        (["metrics.jsonl", "sweep.json"], {"run", "sweep"}),
-        (["refresh.json"], {"refreshed"}),
-        (["config.json", "refresh.json"], {"run", "refreshed"}),
+        ([], []),
+        (["config.json"], ["run"]),
+        (["metrics.jsonl"], ["run"]),
+        (["config.json", "metrics.jsonl", "summary.json"], ["run"]),
+        (["sweep.json"], ["sweep"]),
+        (["config.json", "sweep.json"], ["sweep"]),
+        (["metrics.jsonl", "sweep.json"], ["run", "sweep"]),
+        (["refresh.json"], ["refreshed"]),
+        (["config.json", "refresh.json"], ["run", "refreshed"]),
     ],
     ids=str,
 )
@@ -76,7 +76,7 @@ def test_what_it_is(tmp_path, files, kinds):
     for name in files:
         (tmp_path / name).touch()
     workdir = Workdir(tmp_path)
-    assert {kind for kind in ("run", "sweep", "refreshed") if getattr(workdir, f"is_{kind}")} == kinds
+    assert [kind for kind in ("run", "sweep", "refreshed") if getattr(workdir, f"is_{kind}")] == kinds
 
 
 def test_nothing_is_what_is_not_there(tmp_path):

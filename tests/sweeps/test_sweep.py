@@ -20,7 +20,7 @@ from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import FIELDS, flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
 from vmapbn_flax.runs import train as run
-from vmapbn_flax.runs.checkpoints import restore
+from vmapbn_flax.runs.checkpoints import restore, saved_steps
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps import plan
 from vmapbn_flax.sweeps import train as sweep
@@ -377,6 +377,9 @@ def test_group_of_which_all_diverge_ends(tmp_path):
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
     assert ledger.count("diverged") == 2
     assert all(entry["step"] < STEPS for entry in ledger.members.values())
+    for name, entry in ledger.members.items():  # each as far as it came
+        assert saved_steps(tmp_path / "sweep" / name / "checkpoints") == [entry["step"]]
+    assert not any((tmp_path / "sweep" / "groups").glob("*"))
 
 
 def test_widths_are_groups(tmp_path, compilations):
