@@ -115,6 +115,6 @@ def run(repetitions: int, quick: bool) -> tuple[dict, str]:
     alike = ratio(times, "vmap", "batched")
     twins = (
         f"vmap / batched: {median(alike, 3)}, quartiles {spread(alike, 3)}. The two compile to the same instructions, "
-        "but for their\nnames (`tests/test_programs.py`), so that is how even the measurement was."
+        "but for their\nnames (`tests/training/test_programs.py`), so that is how even the measurement was."
     )
     return {"seconds": times}, f"{INTRO}\n\n{table(header, rows)}\n\n{twins}"
