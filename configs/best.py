@@ -5,11 +5,11 @@ Ten seeds on the other 55,000 (`configs/sweep_seeds.py`): 98.56 % of the test im
 python train.py --config=configs/best.py
 """
 
-from configs import default
+from vmapbn_flax import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.model.batch_norm_momentum = 0.99
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 0.006

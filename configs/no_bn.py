@@ -3,10 +3,10 @@
 python train.py --config=configs/no_bn.py
 """
 
-from configs import default
+from vmapbn_flax import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.model.norm = "none"
     return config

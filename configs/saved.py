@@ -6,11 +6,11 @@ python train.py --config=configs/saved.py:runs/vmap_bn --workdir=runs/again
 
 from pathlib import Path
 
-from configs import default
+from vmapbn_flax import default_config
 from vmapbn_flax.config import restore_config
-from vmapbn_flax.files import read_json
+from vmapbn_flax.runs.workdir import Workdir
 
 
 def get_config(workdir):
-    path = Path(workdir) / "config.json"
-    return restore_config(default.get_config(), read_json(path), str(path))
+    saved = Workdir(Path(workdir))
+    return restore_config(default_config(), saved.read_config(), str(saved.config))

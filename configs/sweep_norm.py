@@ -3,11 +3,11 @@
 python train.py --config=configs/sweep_norm.py
 """
 
-from configs import default
+from vmapbn_flax import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.data.validation_size = 5000
     config.train.num_epochs = 10.0
     config.sweep.model.norm = ("vmap", "batched", "none")

@@ -3,11 +3,11 @@
 python train.py --config=configs/tiny.py
 """
 
-from configs import default
+from vmapbn_flax import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.model.hidden = (16, 16)
     config.optimizer.warmup_epochs = 0.02
     config.train.num_epochs = 0.1

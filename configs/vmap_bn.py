@@ -3,8 +3,8 @@
 python train.py --config=configs/vmap_bn.py
 """
 
-from configs import default
+from vmapbn_flax import default_config
 
 
 def get_config():
-    return default.get_config()
+    return default_config()

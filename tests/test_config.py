@@ -1,16 +1,19 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
 from configs import default, saved, tiny, vmap_bn
-from vmapbn_flax.config import flat, restore_config, resume_changes, validate, validate_sizes
+from vmapbn_flax import default_config
+from vmapbn_flax.config import FIELDS, flat, restore_config, resume_changes, validate, validate_sizes
 from vmapbn_flax.errors import RunError, UsageError
 
 NAN, INF = float("nan"), float("inf")
 
 
 def changed(**changes):
-    config = default.get_config()
+    config = default_config()
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return config
 
@@ -114,11 +117,54 @@ def test_invalid_value_is_named(name, value):
 
 def test_every_number_and_choice_has_an_invalid_value():
     free = {"data.dir", "train.profile"}
-    assert {name for name, _ in INVALID} | free == set(flat(default.get_config()))
+    assert {name for name, _ in INVALID} | free == set(FIELDS)
+
+
+def test_the_table_has_every_field_of_the_defaults_and_no_other():
+    assert set(FIELDS) == set(flat(default_config()))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_field_is_named(name):
+    config = default_config().unlock()
+    *sections, leaf = name.split(".")
+    del (config[sections[0]] if sections else config)[leaf]
+    message = rf"^config\.{name}: got a config without this field, expected every field of vmapbn_flax\.default_config"
+    with pytest.raises(UsageError, match=message):
+        validate(config)
+
+
+def test_a_value_of_another_type_is_named():
+    config = default_config()
+    with config.ignore_type():
+        config.train.batch_size = "many"
+    with pytest.raises(UsageError, match=r"^config\.train\.batch_size: got 'many', expected 2 or more examples"):
+        validate(config)
+
+
+def test_a_misspelt_field_raises():
+    config = default_config()
+    with pytest.raises(AttributeError, match='Did you mean "num_epochs"'):
+        config.train.num_epoch = 3.0
+    config.sweep.optimizer.learning_rate = (0.1, 0.2)  # what is swept is new there
+
+
+def test_each_default_config_is_its_own():
+    default_config().model.norm = "none"
+    assert default_config().model.norm == "vmap"
+
+
+def test_checks_do_without_jax():
+    """So that the command line answers at once."""
+    code = (
+        "import sys; from vmapbn_flax import default_config; from vmapbn_flax.config import validate\n"
+        "from vmapbn_flax.sweeps.expand import expand; validate(default_config()); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_profile_is_a_boolean():
-    config = default.get_config()
+    config = default_config()
     with config.ignore_type():
         config.train.profile = 2
     with pytest.raises(UsageError, match=r"config\.train\.profile: got 2, expected True or False"):
@@ -151,14 +197,14 @@ def test_number_of_steps(epochs, valid):
 
 
 def test_same_config_resumes_without_a_word():
-    assert resume_changes(saved_as_json(default.get_config()), default.get_config()) == []
+    assert resume_changes(saved_as_json(default_config()), default_config()) == []
 
 
 def test_lists_are_tuples():
-    assert saved_as_json(default.get_config())["model"]["hidden"] == [100, 100, 100]
-    fields = flat(restore_config(default.get_config(), saved_as_json(tiny.get_config()), "here"))
+    assert saved_as_json(default_config())["model"]["hidden"] == [100, 100, 100]
+    fields = flat(restore_config(default_config(), saved_as_json(tiny.get_config()), "here"))
     assert fields["model.hidden"] == (16, 16)
-    assert flat(changed(model__hidden=(3,))) == flat(default.get_config()) | {"model.hidden": (3,)}
+    assert flat(changed(model__hidden=(3,))) == flat(default_config()) | {"model.hidden": (3,)}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +221,7 @@ def test_lists_are_tuples():
     ],
 )
 def test_may_change(name, value):
-    old = default.get_config()
+    old = default_config()
     was = flat(old)[name]
     changes = resume_changes(saved_as_json(old), changed(**{name.replace(".", "__"): value}))
     assert changes == [f"config.{name}: {was!r} -> {value!r}"]
@@ -197,7 +243,7 @@ def test_may_change(name, value):
     ],
 )
 def test_may_not_change(name, value):
-    old = default.get_config()
+    old = default_config()
     was = flat(old)[name]
     with pytest.raises(RunError) as error:
         resume_changes(saved_as_json(old), changed(**{name.replace(".", "__"): value, "train__log_every": 1}))
@@ -208,15 +254,15 @@ def test_may_not_change(name, value):
 
 def test_every_refused_change_is_listed():
     with pytest.raises(RunError, match=r"config\.model\.norm: 'vmap' -> 'none'; config\.seed: 0 -> 1"):
-        resume_changes(saved_as_json(default.get_config()), changed(seed=1, model__norm="none"))
+        resume_changes(saved_as_json(default_config()), changed(seed=1, model__norm="none"))
 
 
 def test_fields_that_one_side_lacks():
-    old = saved_as_json(default.get_config())
+    old = saved_as_json(default_config())
     with pytest.raises(RunError, match=r"config\.train\.num_epochs: None -> 20\.0"):
-        resume_changes({}, default.get_config())
+        resume_changes({}, default_config())
     with pytest.raises(RunError, match=r"config\.dropout: 0\.5 -> None"):
-        resume_changes(old | {"dropout": 0.5}, default.get_config())
+        resume_changes(old | {"dropout": 0.5}, default_config())
 
 
 # Saved configs.
@@ -226,7 +272,7 @@ def test_saved_config_comes_back(tmp_path):
     config = changed(seed=7, model__hidden=(3, 4), optimizer__learning_rate=1.0, data__dir="there")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert flat(saved.get_config(str(tmp_path))) == flat(config)
-    assert flat(vmap_bn.get_config()) == flat(default.get_config())
+    assert flat(vmap_bn.get_config()) == flat(default.get_config()) == flat(default_config())
 
 
 @pytest.mark.parametrize(
@@ -245,9 +291,9 @@ def test_saved_config_comes_back(tmp_path):
 )
 def test_what_no_run_saved_is_refused(content):
     with pytest.raises(RunError, match=r"^there/config\.json: got a config that does not fit \(.+\); expected one"):
-        restore_config(default.get_config(), content, "there/config.json")
+        restore_config(default_config(), content, "there/config.json")
 
 
 def test_integers_are_numbers():
-    config = restore_config(default.get_config(), {"train": {"num_epochs": 3}}, "here")
+    config = restore_config(default_config(), {"train": {"num_epochs": 3}}, "here")
     assert (config.train.num_epochs, type(config.train.num_epochs)) == (3.0, float)

@@ -1,4 +1,4 @@
-"""The code of README.md and docs/ runs as it stands there, and prints what it says."""
+"""The code of README.md and docs/ runs as it stands there and prints what it says; every page is linked."""
 
 import doctest
 import re
@@ -8,21 +8,51 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = [page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if page.exists()]
+CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+RUN = ["README.md", "docs/equinox.md", "docs/story.md"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda p: p.name)
+def test_every_page_with_code_is_run():
+    assert [page for page in PAGES if BLOCK.search((ROOT / page).read_text())] == RUN
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """In order, in one namespace a page and an empty directory; a block that starts with >>> is a doctest."""
     monkeypatch.chdir(tmp_path)
-    text, namespace = page.read_text(), {"__name__": "__main__"}
+    path = ROOT / page
+    text, namespace = path.read_text(), {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
         code, line = block[1], text.count("\n", 0, block.start(1))
         if code.startswith(">>>"):
-            example = doctest.DocTestParser().get_doctest(code, namespace, page.name, str(page), line)
+            example = doctest.DocTestParser().get_doctest(code, namespace, path.name, str(path), line)
             report = []
             result = doctest.DocTestRunner(verbose=False).run(example, out=report.append, clear_globs=False)
             assert result.failed == 0, "".join(report)
             namespace = example.globs
         else:
-            exec(compile("\n" * line + code, page, "exec"), namespace)
+            exec(compile("\n" * line + code, path, "exec"), namespace)
+
+
+def links(page):
+    """The files that `page` links to, relative to the root."""
+    directory = (ROOT / page).parent
+    found = LINK.findall(CODE.sub("", (ROOT / page).read_text()))
+    return {(directory / link).resolve().relative_to(ROOT).as_posix() for link in found}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    assert [link for link in links(page) if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("start", ["README.md", "docs/index.md"])
+def test_every_page_is_linked(start):
+    assert [page for page in PAGES[1:] if page not in links(start) | {"docs/index.md"}] == []
+
+
+def test_every_page_is_in_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    assert [page for page in PAGES[1:] if f"- {Path(page).name}\n" not in nav] == []

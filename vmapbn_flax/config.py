@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -10,34 +11,119 @@ from ml_collections import ConfigDict
 from vmapbn_flax.errors import RunError, UsageError
 
 _NORMS = ("vmap", "batched", "none")
-_OPTIMIZERS = ("adam", "adamw", "sgd")
-_SCHEDULES = ("cosine", "constant")
-_SWEEP_MODES = ("product", "zip", "random")
-_ON_FAILURE = ("continue", "stop")
 _WIDEST = 2**16  # units: between two layers of that many lie 17 GB of weights
 
-# What a resumed run may say differently: how often it reports, what it runs on, where its data lies, and a later end.
-_MAY_CHANGE = (
-    "mesh.data",
-    "mesh.member",
-    "mesh.cpu_devices",
-    "mesh.replicate_limit",
-    "distributed.coordinator",
-    "distributed.num_processes",
-    "distributed.process_id",
-    "sweep_options.mode",
-    "sweep_options.size",
-    "sweep_options.seed",
-    "sweep_options.chunk",
-    "sweep_options.on_failure",
-    "data.dir",
-    "data.memory_limit",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batch_size",
-    "train.max_skipped_steps",
-    "train.profile",
-)
+
+class Field(NamedTuple):
+    """What is known of a field of the config besides its default.
+
+    Attributes:
+      expected: the valid values in words; `{train.batch_size}` stands for the value of that field.
+      valid: `valid(value, config)`, whether the value is one of them; a traced float arrives rounded to a float32.
+      resumable: whether a resumed run may change it: how often it reports, what it runs on, where its data lies.
+      traced: the type that a compiled program takes the field as, as an argument; None: a program is compiled for it.
+        Epochs arrive there as steps.
+    """
+
+    expected: str
+    valid: Callable[[Any, ConfigDict], bool] = lambda value, config: True
+    resumable: bool = False
+    traced: type[np.number] | None = None
+
+
+def _one_of(*choices: str, **more: Any) -> Field:
+    return Field(f"one of {', '.join(choices)}", lambda value, config: value in choices, **more)
+
+
+def _at_least(least: int, expected: str, **more: Any) -> Field:
+    return Field(expected, lambda value, config: value >= least, **more)
+
+
+def _positive(expected: str, **more: Any) -> Field:
+    return Field(expected, lambda value, config: 0 < value < math.inf, **more)
+
+
+def _count(unit: str, **more: Any) -> Field:
+    return Field(f"1 or more {unit}", lambda value, config: 1 <= value < 2**31, **more)
+
+
+def _below_one(expected: str) -> Field:
+    return Field(expected, lambda value, config: 0 <= value < 1, traced=np.float32)
+
+
+def _is_ghost_batch(size: int, config: ConfigDict) -> bool:
+    divides = config.model.norm != "none" and size >= 2 and config.train.batch_size % size == 0
+    return size == 0 or divides
+
+
+def _are_widths(widths: tuple, config: ConfigDict) -> bool:
+    return len(widths) > 0 and all(isinstance(width, int) and 1 <= width <= _WIDEST for width in widths)
+
+
+# By dotted name, in the order in which they are checked. Defaults are in defaults.py.
+FIELDS = {
+    "train.num_epochs": _positive("a positive number; it may be a fraction", traced=np.int32),
+    "seed": Field("an integer in [0, 2**32)", lambda value, config: 0 <= value < 2**32, traced=np.uint32),
+    "data.name": Field("the name of a data set, such as mnist", lambda value, config: bool(value)),
+    "data.dir": Field("a directory, or '' for the usual one", resumable=True),
+    "data.validation_size": _at_least(0, "a number of examples, 0 for none"),
+    "data.memory_limit": _positive("a positive number of gigabytes", resumable=True),
+    "model.norm": _one_of(*_NORMS),
+    "model.hidden": Field(f"at least one width, each an integer from 1 to {_WIDEST}, such as (100, 100)", _are_widths),
+    "model.batch_norm_momentum": _below_one("a decay in [0, 1)"),
+    "model.batch_norm_epsilon": _positive("a positive number, such as 1e-5", traced=np.float32),
+    "model.ghost_batch_size": Field(
+        "0, or with a norm a divisor of train.batch_size={train.batch_size} of 2 or more", _is_ghost_batch
+    ),
+    "optimizer.name": _one_of("adam", "adamw", "sgd"),
+    "optimizer.learning_rate": _positive("a positive number, such as 1e-3", traced=np.float32),
+    "optimizer.schedule": _one_of("cosine", "constant"),
+    "optimizer.warmup_epochs": Field(
+        "between 0 and train.num_epochs={train.num_epochs}",
+        lambda value, config: 0 <= value <= config.train.num_epochs,
+        traced=np.int32,
+    ),
+    "optimizer.weight_decay": Field(
+        "0 or a positive number", lambda value, config: 0 <= value < math.inf, traced=np.float32
+    ),
+    "optimizer.adam_b1": _below_one("a decay in [0, 1)"),
+    "optimizer.adam_b2": _below_one("a decay in [0, 1)"),
+    "optimizer.sgd_momentum": _below_one("a decay in [0, 1)"),
+    "train.batch_size": Field(
+        "2 or more examples, for batch norm to have a variance; without a norm 1 or more",
+        lambda value, config: value >= (1 if config.model.norm == "none" else 2),
+    ),
+    "train.label_smoothing": _below_one("a probability in [0, 1)"),
+    "train.log_every": _at_least(1, "1 or more steps", resumable=True),
+    "train.eval_every": _positive("a positive number of epochs", resumable=True),
+    "train.eval_batch_size": _count("examples", resumable=True),
+    "train.max_skipped_steps": _count("steps", resumable=True),
+    "train.profile": Field("True or False", lambda value, config: isinstance(value, bool), resumable=True),
+    "mesh.data": _at_least(0, "a number of devices, 0 for automatic", resumable=True),
+    "mesh.member": _at_least(0, "a number of devices, 0 for all", resumable=True),
+    "mesh.cpu_devices": _at_least(0, "a number of devices, 0 for automatic", resumable=True),
+    "mesh.replicate_limit": _at_least(0, "a number of bytes, 0 to divide any data set", resumable=True),
+    "distributed.coordinator": Field(
+        "'host:port' of process 0, 'slurm', or '' for one process",
+        lambda value, config: re.fullmatch(r"|slurm|.+:\d+", value) is not None,
+        resumable=True,
+    ),
+    "distributed.num_processes": Field(
+        "1, or with a 'host:port' as distributed.coordinator a number of processes",
+        lambda value, config: value == 1 or (value > 1 and ":" in config.distributed.coordinator),
+        resumable=True,
+    ),
+    "distributed.process_id": Field(
+        "an integer in [0, distributed.num_processes={distributed.num_processes})",
+        lambda value, config: 0 <= value < config.distributed.num_processes,
+        resumable=True,
+    ),
+    "sweep_options.mode": _one_of("product", "zip", "random", resumable=True),
+    "sweep_options.size": _at_least(1, "1 or more draws", resumable=True),
+    "sweep_options.seed": _at_least(0, "an integer of 0 or more", resumable=True),
+    "sweep_options.chunk": _at_least(0, "a number of members, 0 for automatic", resumable=True),
+    "sweep_options.on_failure": _one_of("continue", "stop", resumable=True),
+}
 
 
 def is_sweep(config: ConfigDict) -> bool:
@@ -56,100 +142,28 @@ def validate(config: ConfigDict) -> None:
             f"config.sweep: got values of {', '.join(flat(config.sweep))}, expected none for a single run. Only "
             f"python train.py takes sweeps; each member of one is a run in a workdir of its own."
         )
-    try:
-        checks = _checks(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    values = flat(config)
+    if missing := [name for name in FIELDS if name not in values]:
         raise UsageError(
-            f"config: got one with a field that is missing or of another type ({error}); expected every field of "
-            f"configs/default.py. Start from default.get_config() and change what differs."
-        ) from None
-    for name, valid, expected in checks:
-        if not valid:
+            f"config.{missing[0]}: got a config without this field, expected every field of "
+            f"vmapbn_flax.default_config(). Start from that and change what differs."
+        )
+    for name, field in FIELDS.items():
+        if not _is_valid(field, values[name], config):
+            expected = field.expected.format_map(config)
             raise UsageError(
-                f"config.{name}: got {_get(config, name)!r}, expected {expected}. Change it with --config.{name}=..."
+                f"config.{name}: got {values[name]!r}, expected {expected}. Change it with --config.{name}=..."
             )
 
 
-def _checks(config: ConfigDict) -> list[tuple[str, bool, str]]:
-    """Names of fields, whether they are valid, and what would be."""
-    model, optimizer, train, sweep = config.model, config.optimizer, config.train, config.sweep_options
-    distributed, norm = config.distributed, model.norm != "none"
-    return [
-        ("train.num_epochs", 0 < train.num_epochs < math.inf, "a positive number; it may be a fraction"),
-        ("seed", 0 <= config.seed < 2**32, "an integer in [0, 2**32)"),
-        ("data.name", bool(config.data.name), "the name of a data set, such as mnist"),
-        ("data.validation_size", config.data.validation_size >= 0, "a number of examples, 0 for none"),
-        ("data.memory_limit", 0 < config.data.memory_limit < math.inf, "a positive number of gigabytes"),
-        ("model.norm", model.norm in _NORMS, f"one of {', '.join(_NORMS)}"),
-        (
-            "model.hidden",
-            len(model.hidden) > 0 and all(isinstance(width, int) and 1 <= width <= _WIDEST for width in model.hidden),
-            f"at least one width, each an integer from 1 to {_WIDEST}, such as (100, 100)",
-        ),
-        ("model.batch_norm_momentum", 0 <= _single(model.batch_norm_momentum) < 1, "a decay in [0, 1)"),
-        (
-            "model.batch_norm_epsilon",
-            0 < _single(model.batch_norm_epsilon) < math.inf,
-            "a positive number, such as 1e-5",
-        ),
-        (
-            "model.ghost_batch_size",
-            model.ghost_batch_size == 0
-            or (norm and model.ghost_batch_size >= 2 and train.batch_size % model.ghost_batch_size == 0),
-            f"0, or with a norm a divisor of train.batch_size={train.batch_size} of 2 or more",
-        ),
-        ("optimizer.name", optimizer.name in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
-        (
-            "optimizer.learning_rate",
-            0 < _single(optimizer.learning_rate) < math.inf,
-            "a positive number, such as 1e-3",
-        ),
-        ("optimizer.schedule", optimizer.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
-        (
-            "optimizer.warmup_epochs",
-            0 <= optimizer.warmup_epochs <= train.num_epochs,
-            f"between 0 and train.num_epochs={train.num_epochs}",
-        ),
-        ("optimizer.weight_decay", 0 <= _single(optimizer.weight_decay) < math.inf, "0 or a positive number"),
-        ("optimizer.adam_b1", 0 <= _single(optimizer.adam_b1) < 1, "a decay in [0, 1)"),
-        ("optimizer.adam_b2", 0 <= _single(optimizer.adam_b2) < 1, "a decay in [0, 1)"),
-        ("optimizer.sgd_momentum", 0 <= _single(optimizer.sgd_momentum) < 1, "a decay in [0, 1)"),
-        (
-            "train.batch_size",
-            train.batch_size >= (2 if norm else 1),
-            "2 or more examples, for batch norm to have a variance" if norm else "1 or more examples",
-        ),
-        ("train.label_smoothing", 0 <= _single(train.label_smoothing) < 1, "a probability in [0, 1)"),
-        ("train.log_every", train.log_every >= 1, "1 or more steps"),
-        ("train.eval_every", 0 < train.eval_every < math.inf, "a positive number of epochs"),
-        ("train.eval_batch_size", 1 <= train.eval_batch_size < 2**31, "1 or more examples"),
-        ("train.max_skipped_steps", 1 <= train.max_skipped_steps < 2**31, "1 or more steps"),
-        ("train.profile", isinstance(train.profile, bool), "True or False"),
-        ("mesh.data", config.mesh.data >= 0, "a number of devices, 0 for automatic"),
-        ("mesh.member", config.mesh.member >= 0, "a number of devices, 0 for all"),
-        ("mesh.cpu_devices", config.mesh.cpu_devices >= 0, "a number of devices, 0 for automatic"),
-        ("mesh.replicate_limit", config.mesh.replicate_limit >= 0, "a number of bytes, 0 to divide any data set"),
-        (
-            "distributed.coordinator",
-            re.fullmatch(r"|slurm|.+:\d+", distributed.coordinator) is not None,
-            "'host:port' of process 0, 'slurm', or '' for one process",
-        ),
-        (
-            "distributed.num_processes",
-            distributed.num_processes >= 1 and (distributed.num_processes == 1 or ":" in distributed.coordinator),
-            "1, or with a 'host:port' as distributed.coordinator a number of processes",
-        ),
-        (
-            "distributed.process_id",
-            0 <= distributed.process_id < distributed.num_processes,
-            f"an integer in [0, distributed.num_processes={distributed.num_processes})",
-        ),
-        ("sweep_options.mode", sweep.mode in _SWEEP_MODES, f"one of {', '.join(_SWEEP_MODES)}"),
-        ("sweep_options.size", sweep.size >= 1, "1 or more draws"),
-        ("sweep_options.seed", sweep.seed >= 0, "an integer of 0 or more"),
-        ("sweep_options.chunk", sweep.chunk >= 0, "a number of members, 0 for automatic"),
-        ("sweep_options.on_failure", sweep.on_failure in _ON_FAILURE, f"one of {', '.join(_ON_FAILURE)}"),
-    ]
+def _is_valid(field: Field, value: Any, config: ConfigDict) -> bool:
+    try:
+        if field.traced is np.float32:
+            with np.errstate(over="ignore"):
+                value = float(np.float32(value))  # as training sees it
+        return field.valid(value, config)
+    except (AttributeError, TypeError, ValueError):  # of another type
+        return False
 
 
 def validate_sizes(config: ConfigDict, num_train: int) -> None:
@@ -171,7 +185,7 @@ def validate_sizes(config: ConfigDict, num_train: int) -> None:
         )
 
 
-def of_one_process(config: ConfigDict) -> ConfigDict:
+def without_distributed(config: ConfigDict) -> ConfigDict:
     """A copy of `config` without the processes of `config.distributed`: how it is run is not what is run."""
     config = config.copy_and_resolve_references()
     config.distributed.update(coordinator="", num_processes=1, process_id=0)
@@ -208,12 +222,12 @@ def resume_changes(old: dict, config: ConfigDict) -> list[str]:
 def _may_change(name: str, before: dict, now: dict) -> bool:
     if name == "train.num_epochs":
         return now[name] > before.get(name, math.inf)
-    return name in _MAY_CHANGE
+    return name in FIELDS and FIELDS[name].resumable
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
     """Every field by its dotted name."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             fields |= {f"{name}.{inner}": leaf for inner, leaf in flat(value).items()}
@@ -247,15 +261,3 @@ def _tuples(saved: Any) -> Any:
     if isinstance(saved, dict):
         return {name: _tuples(value) for name, value in saved.items()}
     return tuple(_tuples(value) for value in saved) if isinstance(saved, list) else saved
-
-
-def _single(number: float) -> float:
-    """`number` as training sees it, rounded to a float32."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(number))
-
-
-def _get(config: ConfigDict, name: str) -> Any:
-    for part in name.split("."):
-        config = config[part]
-    return config

@@ -31,11 +31,3 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped at step {step}, which is saved; the same command resumes")
         self.exit_status = 128 + signum
-
-
-class EndedElsewhere(Exception):
-    """This process ends as another one of the same run did, which has said why."""
-
-    def __init__(self, exit_status: int):
-        super().__init__(f"another process ended with status {exit_status}")
-        self.exit_status = exit_status

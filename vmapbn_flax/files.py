@@ -1,18 +1,14 @@
-"""The one place that writes files: whole or not at all, append-only and cut back, and locked."""
+"""The one place that writes files: whole or not at all, or append-only and cut back."""
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError, unwritable
-
-REFRESHED = "refresh.json"  # marks a workdir as holding refreshed statistics, not a run
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -31,6 +27,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
         if isinstance(error, OSError):
             raise unwritable(path, error) from error
         raise
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory, and those above it, unless it is there.
+
+    Raises:
+      RunError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -125,33 +133,3 @@ def read_lines(path: Path) -> list[tuple[bytes, dict]]:
             ) from None
         rows.append((line, row))
     return rows
-
-
-@contextlib.contextmanager
-def workdir_lock(workdir: Path) -> Iterator[None]:
-    """Holds `workdir`, made if need be, for this process; if it is killed the operating system lets go.
-
-    Raises:
-      RunError: another process holds it, or it cannot be written to.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+", errors="replace")
-    except OSError as error:
-        raise unwritable(workdir, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RunError(
-                f"{workdir}: got a workdir in use by {holder}; expected one that no other process writes. "
-                f"Wait for it or stop it, or choose another --workdir."
-            ) from None
-        except OSError as error:
-            raise unwritable(workdir, error) from error
-        yield

@@ -11,7 +11,7 @@ from measure import fastest, median, ratio, say, spread, table, take_turns
 from ml_collections import ConfigDict
 from peers import NAMES
 
-from configs import default
+from vmapbn_flax import default_config
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.training.programs import Programs
 
@@ -61,7 +61,7 @@ def as_inputs(dataset: Dataset) -> jax.Array:
 
 def long_config() -> ConfigDict:
     """The default config, of a run that no benchmark gets to the end of."""
-    config = default.get_config()
+    config = default_config()
     config.train.num_epochs = 1000.0
     return config
 
@@ -85,7 +85,7 @@ def make_ours(dataset: Dataset, norm: str) -> Callable[[], None]:
 
 
 def make_floor_epoch(dataset: Dataset) -> Callable[[], None]:
-    config = default.get_config()
+    config = default_config()
     return make_floor(config, as_inputs(dataset), len(dataset.train) // config.train.batch_size)
 
 
@@ -101,7 +101,7 @@ def make_peers(dataset: Dataset) -> dict[str, Callable[[], None]]:
 
 
 def run(repetitions: int, quick: bool) -> tuple[dict, str]:
-    dataset = load_dataset("mnist")
+    dataset = load_dataset(default_config().data)
     epochs = {norm: make_ours(dataset, norm) for norm in OURS}
     peers = make_peers(dataset)
     times = take_turns({FLOOR: make_floor_epoch(dataset), **epochs, **peers}, repetitions)
@@ -115,6 +115,6 @@ def run(repetitions: int, quick: bool) -> tuple[dict, str]:
     alike = ratio(times, "vmap", "batched")
     twins = (
         f"vmap / batched: {median(alike, 3)}, quartiles {spread(alike, 3)}. The two compile to the same instructions, "
-        "but for their\nnames (`tests/training/test_programs.py`), so that is how even the measurement was."
+        "but for their\nnames (`tests/training/test_programs.py`), so the ratio shows how even the measurement was."
     )
     return {"seconds": times}, f"{INTRO}\n\n{table(header, rows)}\n\n{twins}"

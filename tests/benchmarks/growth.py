@@ -8,6 +8,7 @@ import numpy as np
 from epochs import as_inputs, long_config, make_epochs, make_floor
 from measure import Times, median, say, spread, table, take_turns
 
+from vmapbn_flax import default_config
 from vmapbn_flax.data import Dataset, Split, load_dataset
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
@@ -104,7 +105,7 @@ def growth_table(what: str, times: Times) -> str:
 
 
 def run(repetitions: int, quick: bool) -> tuple[dict, str]:
-    dataset = load_dataset("mnist")
+    dataset = load_dataset(default_config().data)
     images = as_inputs(dataset)
     few = slice(2) if quick else slice(None)
     widths = tuple((width,) * 3 for width in WIDTHS)

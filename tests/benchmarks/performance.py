@@ -40,9 +40,9 @@ python tests/benchmarks/performance.py > docs/performance.md
 ```
 
 That takes about 20 minutes and leaves every single measurement in `docs/performance.json`. In each section everything
-takes turns, so that whatever else the machine does strikes all alike. Figures are medians over the rounds, with their
-quartiles; ratios are taken round by round, and then their median. [What makes it fast](speed.md) has what each change
-was worth.
+takes turns, so that other load on the machine affects all of it alike. Figures are medians over the rounds, with their
+quartiles. A ratio is the median of the ratios of each round. [What makes it fast](speed.md) says what each change was
+worth.
 
 Machine: {processor}, {cores} cores, load {load:.2f} before the start. Python {python}, {versions}."""
 

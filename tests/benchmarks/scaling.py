@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from configs import default  # noqa: E402
+from vmapbn_flax import default_config  # noqa: E402
 from vmapbn_flax.data import Dataset, load_dataset  # noqa: E402
 from vmapbn_flax.training import mesh, steps  # noqa: E402
 from vmapbn_flax.training.programs import Programs  # noqa: E402
@@ -38,7 +38,7 @@ ITEM_BYTES = {"pred": 1, "u8": 1, "s32": 4, "f32": 4}
 
 
 def config(**changes) -> ConfigDict:
-    result = default.get_config()
+    result = default_config()
     result.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return result
 
@@ -86,7 +86,7 @@ def step_bytes(dataset: Dataset, members: int, width: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    dataset = load_dataset("mnist")
+    dataset = load_dataset(default_config().data)
     variants = {
         "batch norm": {},
         "ghost batches of 16": {"model__ghost_batch_size": 16},

@@ -17,6 +17,7 @@ from commands import Caches, Finished, train
 from epochs import FLOOR, long_config, make_epochs, make_floor_epoch, make_ours, make_peers
 from measure import ROOT, count, fastest, median, ratio, say, spread, table, timed
 
+from vmapbn_flax import default_config
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
@@ -46,7 +47,7 @@ def make_member_epochs(members: int, dataset: Dataset) -> Callable[[], None]:
 
 
 def work(devices: int, sizes: list[int]) -> None:
-    dataset = load_dataset("mnist")
+    dataset = load_dataset(default_config().data)
     epochs = {
         f"{count(size, 'member')}, {count(devices, 'device')}": (size, make_member_epochs(size, dataset))
         for size in sizes

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import small
 from tests.helpers.runs import CONFIG, command
+from vmapbn_flax.cli.main import main
 from vmapbn_flax.data import bundled
 from vmapbn_flax.runs import train as loop
 from vmapbn_flax.runs.checkpoints import saved_steps
@@ -177,18 +178,40 @@ CONFIG_FILES = {
     "returns a dict": ("def get_config(): return {'seed': 1}", r"got a dict from its get_config\(\), expected a Conf"),
     "lacks fields": (
         "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 1})",
-        "field that is missing or of another type .*expected every field of configs/default.py",
+        r"config\.train\.num_epochs: got a config without this field, expected every field of vmapbn_flax\.defa",
     ),
     "wrong type": (
-        "from configs import default\ndef get_config():\n  c = default.get_config()\n  c.seed = 'x'\n  return c",
+        "from vmapbn_flax import default_config\ndef get_config():\n  c = default_config()\n  c.seed = 'x'\n  return c",
         "Could not override field 'seed'",
     ),
     "new type": (
-        "from configs import default\ndef get_config():\n  c = default.get_config()\n"
+        "from vmapbn_flax import default_config\ndef get_config():\n  c = default_config()\n"
         "  with c.ignore_type(): c.train.batch_size = 'many'\n  return c",
-        "field that is missing or of another type",
+        r"config\.train\.batch_size: got 'many', expected 2 or more examples",
+    ),
+    "misspelt field": (
+        "from vmapbn_flax import default_config\ndef get_config():\n  c = default_config()\n"
+        "  c.train.num_epoch = 3.0\n  return c",
+        r'unknown field .*Did you mean "num_epochs" instead of "num_epoch".*one of vmapbn_flax\.default_config\(\)',
     ),
 }
+
+
+def test_a_config_file_of_one_s_own(tmp_path, monkeypatch):
+    """From any directory: it starts from the package's defaults and imports its neighbours."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as the console script has it
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    (tmp_path / "widths.py").write_text("NARROW = (4, 3)")
+    (tmp_path / "mine.py").write_text(
+        "import widths\nfrom vmapbn_flax import default_config\n\n"
+        "def get_config():\n    config = default_config()\n    config.data.name = 'small'\n"
+        "    config.model.hidden = widths.NARROW\n    config.train.batch_size = 16\n"
+        "    config.train.num_epochs = 1.0\n    return config\n"
+    )
+    assert main(["train", f"--config={tmp_path}/mine.py"]) == 0
+    assert json.loads((tmp_path / "runs/mine/config.json").read_text())["model"]["hidden"] == [4, 3]
+    assert main(["train", f"--config={ROOT}/configs/saved.py:runs/mine", "--config.train.num_epochs=2"]) == 0
 
 
 @pytest.mark.parametrize(("text", "message"), CONFIG_FILES.values(), ids=CONFIG_FILES.keys())

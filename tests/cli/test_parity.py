@@ -96,7 +96,7 @@ def test_broken_variant_is_caught(monkeypatch):
         if config.model.norm == "vmap":
             return small.programs()
         programs = copy.copy(small.programs(model__norm="batched"))
-        programs.hyper = programs.hyper.replace(batch_norm_epsilon=np.float32(1e-2))
+        programs.hyper = programs.hyper | {"model.batch_norm_epsilon": np.float32(1e-2)}
         return programs
 
     monkeypatch.setattr(module, "load_dataset", lambda *arguments: small.dataset())

@@ -6,15 +6,23 @@ import shutil
 import numpy as np
 import pytest
 
+from vmapbn_flax import default_config
 from vmapbn_flax.data import bundled, load_dataset
 from vmapbn_flax.errors import UsageError
 
 FILES = sorted(bundled._BUNDLED.glob("*.gz"))
 
 
+def load(**fields):
+    """MNIST with `fields` of `config.data`."""
+    data = default_config().data
+    data.update(**fields)
+    return load_dataset(data)
+
+
 @pytest.fixture(scope="module")
 def mnist():
-    return load_dataset("mnist")
+    return load()
 
 
 @pytest.fixture
@@ -49,7 +57,7 @@ def test_pixels_are_where_the_file_has_them(mnist):
 
 @pytest.mark.parametrize("size", [1, 59_999])
 def test_validation_is_the_end_of_train(mnist, size):
-    parted = load_dataset("mnist", validation_size=size)
+    parted = load(validation_size=size)
     assert (len(parted.train), len(parted.validation), len(parted.test)) == (60_000 - size, size, 10_000)
     for field in ("images", "labels"):
         parts = [getattr(parted.train, field), getattr(parted.validation, field)]
@@ -60,18 +68,18 @@ def test_validation_is_the_end_of_train(mnist, size):
 @pytest.mark.parametrize("size", [-1, 60_000])
 def test_impossible_validation_size(size):
     with pytest.raises(UsageError, match=rf"validation_size: got {size}; expected 0 to 59999.*Choose"):
-        load_dataset("mnist", validation_size=size)
+        load(validation_size=size)
 
 
 def test_own_copy_of_the_files(mnist, copy):
-    own = load_dataset("mnist", str(copy))
+    own = load(dir=str(copy))
     np.testing.assert_array_equal(own.train.images, mnist.train.images)
 
 
 def test_read_ahead_is_taken_once(mnist, copy):
     """The second time the files are read again, and what is wrong with one is said both times."""
     bundled.read_ahead(str(copy))
-    ahead, again = (load_dataset("mnist", str(copy)) for _ in range(2))
+    ahead, again = (load(dir=str(copy)) for _ in range(2))
     for dataset in (ahead, again):
         np.testing.assert_array_equal(dataset.train.images, mnist.train.images)
     missing = copy / FILES[0].name
@@ -79,7 +87,7 @@ def test_read_ahead_is_taken_once(mnist, copy):
     bundled.read_ahead(str(copy))
     for _ in range(2):
         with pytest.raises(UsageError, match=re.escape(str(missing))):
-            load_dataset("mnist", str(copy))
+            load(dir=str(copy))
 
 
 def flip(file):
@@ -112,7 +120,7 @@ def test_damage_is_one_line_naming_the_file(copy, number, damage):
     file = copy / FILES[number].name
     DAMAGE[damage](file)
     with pytest.raises(UsageError, match=rf"^{re.escape(str(file))}: got .+; expected .+\. Put") as error:
-        load_dataset("mnist", str(copy))
+        load(dir=str(copy))
     assert "\n" not in str(error.value)
 
 

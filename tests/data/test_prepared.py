@@ -10,14 +10,22 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.helpers.prepare import DIGITS, as_examples, png, prepare
+from vmapbn_flax import default_config
 from vmapbn_flax.data import Split, arrays, load_dataset
 from vmapbn_flax.errors import UsageError
+
+
+def load(name, root="", **fields):
+    """The data set `name` in the directory `root`, with `fields` of `config.data`."""
+    data = default_config().data
+    data.update(name=name, dir=str(root), **fields)
+    return load_dataset(data)
 
 
 @pytest.fixture(scope="module")
 def digits():
     """The first of the bundled images."""
-    mnist = load_dataset("mnist")
+    mnist = load("mnist")
     return {"train": mnist.train[:100], "test": mnist.test[:20]}
 
 
@@ -70,12 +78,12 @@ def zero_shards(directory, keep_times):
 def fails(name, root, match):
     """Checks that loading ends in one line that matches."""
     with pytest.raises(UsageError, match=match) as error:
-        load_dataset(name, str(root))
+        load(name, root)
     assert "\n" not in str(error.value)
 
 
 def test_reads_back_identical(root, digits):
-    dataset = load_dataset("digits", str(root), validation_size=10)
+    dataset = load("digits", root, validation_size=10)
     assert (dataset.name, dataset.num_classes) == ("digits", 10)
     assert_equal(
         dataset,
@@ -85,24 +93,24 @@ def test_reads_back_identical(root, digits):
 
 
 def test_second_read_is_the_cache(root, digits, caches):
-    load_dataset("digits", str(root))
+    load("digits", root)
     assert only_file(caches).suffix == ".npz"
     zero_shards(root / "digits/1.0.0", keep_times=True)
-    assert_equal(load_dataset("digits", str(root)), digits)
+    assert_equal(load("digits", root), digits)
 
 
 def test_a_changed_file_makes_the_cache_stale(root, caches):
-    load_dataset("digits", str(root))
+    load("digits", root)
     zero_shards(root / "digits/1.0.0", keep_times=False)
     fails("digits", root, rf"^{root}/digits/1.0.0: got .+; expected a complete data set. If .+: pip install ")
 
 
 def test_prepared_anew_replaces_the_cache(root, digits, caches):
-    load_dataset("digits", str(root))
+    load("digits", root)
     shutil.rmtree(root)
     half = {split: part[: len(part) // 2] for split, part in digits.items()}
     prepare(root, {split: as_examples(part) for split, part in half.items()})
-    assert_equal(load_dataset("digits", str(root)), half)
+    assert_equal(load("digits", root), half)
     assert only_file(caches)
 
 
@@ -125,20 +133,20 @@ def flip_a_bit(file):
     ids=["flipped", "empty", "truncated", "garbage", "pickle", "other_arrays"],
 )
 def test_a_damaged_cache_is_made_again(root, digits, caches, caplog, damage):
-    load_dataset("digits", str(root))
+    load("digits", root)
     cache = only_file(caches)
     whole = cache.read_bytes()
     damage(cache)
-    assert_equal(load_dataset("digits", str(root)), digits)
+    assert_equal(load("digits", root), digits)
     assert f"{cache}: got" in caplog.text
     assert len(whole) == len(cache.read_bytes())
     zero_shards(root / "digits/1.0.0", keep_times=True)
-    assert_equal(load_dataset("digits", str(root)), digits)
+    assert_equal(load("digits", root), digits)
 
 
 def test_no_place_for_a_cache(root, digits, caches, caplog):
     caches.parent.write_text("a file where a directory should be")
-    assert_equal(load_dataset("digits", str(root)), digits)
+    assert_equal(load("digits", root), digits)
     assert "decoded at every start" in caplog.text
 
 
@@ -148,7 +156,7 @@ def test_no_part_of_a_cache_is_left(root, digits, caches, caplog, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(np, "savez", full_disk)
-    assert_equal(load_dataset("digits", str(root)), digits)
+    assert_equal(load("digits", root), digits)
     assert list(caches.iterdir()) == []
     assert "No space left on device" in caplog.text
 
@@ -162,7 +170,7 @@ def test_a_flipped_bit_never_comes_out_as_data(root, digits):
         damaged[position] ^= 1
         shard.write_bytes(damaged)
         try:
-            assert_equal(load_dataset("digits", str(root)), digits)  # the bit was padding
+            assert_equal(load("digits", root), digits)  # the bit was padding
         except UsageError:
             refused += 1
     assert refused > 0
@@ -201,7 +209,7 @@ def test_damaged_description(root, file, content):
 
 @pytest.mark.parametrize("name", ["digits", "digits:1.0.0", "digits:1.*.*", "digits:*.*.*"])
 def test_version_in_the_name(root, digits, name):
-    assert_equal(load_dataset(name, str(root)), digits)
+    assert_equal(load(name, root), digits)
 
 
 def test_newest_version_by_number(root, digits):
@@ -209,8 +217,8 @@ def test_newest_version_by_number(root, digits):
     (folder / "1.0.0").rename(folder / "1.10.0")
     for name in ("1.9.0", "1.10.0.incomplete.ABC", "notes"):
         (folder / name).mkdir()
-    assert_equal(load_dataset("digits", str(root)), digits)
-    assert_equal(load_dataset("digits:1.10.*", str(root)), digits)
+    assert_equal(load("digits", root), digits)
+    assert_equal(load("digits:1.10.*", root), digits)
     fails("digits:2.0.0", root, rf"got 'digits:2.0.0'; expected what is prepared in {folder}: 1.10.0, 1.9.0\.")
 
 
@@ -218,8 +226,8 @@ def test_config_in_the_name(root, digits):
     folder = root / "digits"
     (folder / "small+v1.0").mkdir()
     (folder / "1.0.0").rename(folder / "small+v1.0/1.0.0")
-    assert_equal(load_dataset("digits/small+v1.0", str(root)), digits)
-    assert_equal(load_dataset("digits/small+v1.0:1.0.0", str(root)), digits)
+    assert_equal(load("digits/small+v1.0", root), digits)
+    assert_equal(load("digits/small+v1.0:1.0.0", root), digits)
     fails("digits", root, r"expected what is prepared in .*: digits/small\+v1\.0\. Name one of them")
 
 
@@ -230,7 +238,7 @@ def test_default_directory(root, digits, monkeypatch, set_by):
     else:
         monkeypatch.setenv("HOME", str(root.parent))
         root.rename(root.parent / "tensorflow_datasets")
-    assert_equal(load_dataset("digits"), digits)
+    assert_equal(load("digits"), digits)
 
 
 def test_not_prepared(tmp_path):
@@ -318,7 +326,7 @@ def test_further_features_are_left_alone(tmp_path):
     more = tfds.features.FeaturesDict({**more, "image": tfds.features.Image(shape=(28, 28, 3))})
     root = prepare(tmp_path / "tfds", {"train": [example] * 2, "test": [example]}, more)
     expected = Split(np.stack([image] * 2), np.array([3, 3], np.int32))
-    assert_equal(load_dataset("digits", str(root)), {"train": expected, "test": expected[:1]})
+    assert_equal(load("digits", root), {"train": expected, "test": expected[:1]})
 
 
 # Larger than the memory it may take.
@@ -327,9 +335,9 @@ TINY = 1e-9  # GB
 
 
 def test_larger_than_the_limit_is_read_by_number(root, digits, caches):
-    whole = load_dataset("digits", str(root), validation_size=10)
+    whole = load("digits", root, validation_size=10)
     shutil.rmtree(caches)
-    streamed = load_dataset("digits", str(root), validation_size=10, memory_limit=TINY)
+    streamed = load("digits", root, validation_size=10, memory_limit=TINY)
     assert (streamed.streamed, whole.streamed) == (True, False)
     assert (streamed.name, streamed.num_classes, streamed.nbytes) == ("digits", 10, whole.nbytes)
     rng = np.random.default_rng(0)
@@ -347,20 +355,20 @@ def test_larger_than_the_limit_is_read_by_number(root, digits, caches):
 
 def test_the_limit_itself_fits(root, digits):
     num_bytes = 120 * (28 * 28 + 4)
-    assert not load_dataset("digits", str(root), memory_limit=num_bytes / 1e9).streamed
-    assert load_dataset("digits", str(root), memory_limit=(num_bytes - 1) / 1e9).streamed  # nor is the cache loaded
-    assert_equal(load_dataset("digits", str(root), memory_limit=num_bytes / 1e9), digits)
+    assert not load("digits", root, memory_limit=num_bytes / 1e9).streamed
+    assert load("digits", root, memory_limit=(num_bytes - 1) / 1e9).streamed  # nor is the cache loaded
+    assert_equal(load("digits", root, memory_limit=num_bytes / 1e9), digits)
 
 
 def test_bundled_may_be_streamed():
-    mnist = load_dataset("mnist", validation_size=5, memory_limit=0.055)
+    mnist = load("mnist", validation_size=5, memory_limit=0.055)
     assert mnist.streamed
-    assert not load_dataset("mnist", validation_size=5, memory_limit=0.056).streamed
+    assert not load("mnist", validation_size=5, memory_limit=0.056).streamed
     np.testing.assert_array_equal(mnist.validation.read(np.array([4, 0])).images, mnist.validation.images[[4, 0]])
 
 
 def test_blocks_are_gathered(root, digits):
-    train = load_dataset("digits", str(root), memory_limit=TINY).train
+    train = load("digits", root, memory_limit=TINY).train
     rows = np.arange(99, 9, -1)  # in blocks of 32
     blank = np.full(3, -1)
     got = arrays.gather(train, np.concatenate([blank, rows, blank]))
@@ -377,7 +385,7 @@ def test_blocks_are_gathered(root, digits):
 
 def test_damage_is_found_when_it_is_read(root):
     zero_shards(root / "digits/1.0.0", keep_times=True)
-    train = load_dataset("digits", str(root), memory_limit=TINY).train  # without having read anything
+    train = load("digits", root, memory_limit=TINY).train  # without having read anything
     with pytest.raises(UsageError, match=rf"^{root}/digits/1.0.0: got .+; expected a complete data set\. If .+: pip"):
         train.read(np.array([0]))
 
@@ -398,6 +406,6 @@ def test_damage_is_found_when_it_is_read(root):
 def test_examples_are_checked_as_they_are_read(tmp_path, memory_limit, example, match):
     root = prepare(tmp_path / "tfds", {"train": [SMALL[0], example], "test": SMALL})
     with pytest.raises(UsageError, match=f"^{root}/digits/1.0.0: got .*{match}"):
-        arrays.gather(load_dataset("digits", str(root), memory_limit=memory_limit).train, np.array([0, 1]))
+        arrays.gather(load("digits", root, memory_limit=memory_limit).train, np.array([0, 1]))
     if memory_limit == TINY:
-        assert load_dataset("digits", str(root), memory_limit=TINY).train.read(np.array([0])).labels == 3
+        assert load("digits", root, memory_limit=TINY).train.read(np.array([0])).labels == 3

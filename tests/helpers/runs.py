@@ -63,4 +63,4 @@ def leftovers(workdir):
 @functools.cache
 def _template(saved_config):
     config = ConfigDict(json.loads(saved_config))
-    return Programs([config], small.load(config.data.name, config.data.dir, config.data.validation_size)).template()
+    return Programs([config], small.load(config.data)).template()

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import tiny
+from vmapbn_flax import default_config
 from vmapbn_flax.data import Dataset, Split, load_dataset
+from vmapbn_flax.training.hyperparameters import make_hyperparameters
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import create_state, make_hyperparameters
+from vmapbn_flax.training.state import create_state
 from vmapbn_flax.training.steps import Batch, make_train_step
 
 CLASSES, FEATURES, BATCH = 4, 12, 16
@@ -40,17 +42,17 @@ def dataset(validation_size=0):
     return Dataset("small", CLASSES, train[:first], split(37, seed=2), validation)
 
 
-def load(name, data_dir, validation_size, memory_limit=2.0):
+def load(data):
     """`load_dataset` to which "small" is one, too."""
-    if name != "small":
-        return load_dataset(name, data_dir, validation_size)
-    found = dataset(validation_size)
-    return dataclasses.replace(found, streamed=found.nbytes > memory_limit * 1e9)
+    if data.name != "small":
+        return load_dataset(data)
+    found = dataset(data.validation_size)
+    return dataclasses.replace(found, streamed=found.nbytes > data.memory_limit * 1e9)
 
 
 @functools.cache
 def mnist():
-    return load_dataset("mnist")
+    return load_dataset(default_config().data)
 
 
 @functools.cache
@@ -60,7 +62,12 @@ def programs(**changes):
 
 
 def hyper(config, **changes):
-    return make_hyperparameters(config, STEPS_PER_EPOCH).replace(**{k: np.float32(v) for k, v in changes.items()})
+    """The hyperparameters of `config` with `changes` of fields named like `optimizer__learning_rate`."""
+    hyper = make_hyperparameters(config, STEPS_PER_EPOCH)
+    for name, value in changes.items():
+        name = name.replace("__", ".")
+        hyper[name] = hyper[name].dtype.type(value)
+    return hyper
 
 
 def start():
@@ -85,9 +92,7 @@ def members():
     # Not Adam: it makes a step of whatever rounding leaves of a gradient that is zero, such as that of a bias
     # in front of a norm.
     shared = config(optimizer__name="sgd")
-    hypers = [
-        hyper(shared, learning_rate=rate).replace(seed=np.uint32(seed)) for seed, rate in ((0, 0.1), (1, 0.1), (0, 1.0))
-    ]
+    hypers = [hyper(shared, optimizer__learning_rate=rate, seed=seed) for seed, rate in ((0, 0.1), (1, 0.1), (0, 1.0))]
     create = functools.partial(create_state, shared.model, shared.optimizer, CLASSES, FEATURES)
     start = jax.jit(jax.vmap(create))(stack(hypers))
     step = jax.jit(jax.vmap(step_of(shared), in_axes=(0, 0, None)))

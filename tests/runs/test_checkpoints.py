@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import struct
 
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore, restore_latest, saved_steps
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore, restore_latest, saved_steps
 
 CONFIG = {"seed": 0, "model": {"hidden": [3, 4]}, "optimizer": {"learning_rate": 1e-3}}
+META = {"config": CONFIG, "rows": 0}
 
 
 class State(struct.PyTreeNode):
@@ -38,7 +39,7 @@ def _leaves(tree):
 def save(directory, *steps, best_step=None):
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state(step), CONFIG, best_step, rows=step)
+            checkpoints.save(step, state(step), {"config": CONFIG, "rows": step}, best_step)
 
 
 def listing(directory):
@@ -57,8 +58,8 @@ def test_bit_for_bit(directory):
     odd = jnp.array([np.nan, -np.nan, -0.0, np.inf, 1e-45, 0.1], jnp.float32)
     saved = State(jnp.int32(7), {"a": {"b": odd}, "c": jnp.array([True, False])}, (jnp.uint32(2**32 - 1), {}, None))
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
-        checkpoints.save(7, saved, CONFIG)
-    got = restore(directory, 7, saved)
+        checkpoints.save(7, saved, META)
+    got, _ = restore(directory, 7, saved)
     assert np.asarray(got.params["a"]["b"]).tobytes() == np.asarray(odd).tobytes()
     assert got.params["c"].tolist() == [True, False]
     assert got.moments == (np.uint32(2**32 - 1), {}, None)
@@ -76,9 +77,9 @@ def test_a_save_is_of_its_moment(directory):
     """The next step writes to the same buffers while the save is in flight."""
     buffer = np.zeros(1000, np.float32)
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
-        checkpoints.save(1, {"buffer": buffer}, CONFIG)
+        checkpoints.save(1, {"buffer": buffer}, META)
         buffer[:] = 1
-    assert not restore(directory, 1, {"buffer": buffer})["buffer"].any()
+    assert not restore(directory, 1, {"buffer": buffer})[0]["buffer"].any()
 
 
 def test_a_step_is_saved_once(directory):
@@ -121,7 +122,7 @@ def test_the_latest_two_and_the_best(directory, best_steps, kept, restarts):
             else:
                 if step == 1:
                     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory)))
-                checkpoints.save(step, state(step), CONFIG, best_step)
+                checkpoints.save(step, state(step), META, best_step)
                 assert set(checkpoints.steps()) >= {best_step, step} - {None, 9}
     assert saved_steps(directory) == kept
 
@@ -287,12 +288,12 @@ def test_no_flipped_bit_goes_unnoticed(directory, tmp_path):
         content[position // 8] ^= 1 << position % 8
         file.write_bytes(content)
         try:
-            assert bits(restore(directory, 5, state(0))) == bits(state(5)), (file, position)
+            assert bits(restore(directory, 5, state(0))[0]) == bits(state(5)), (file, position)
         except RunError:
             refused += 1
         file.write_bytes(good)
     assert refused > 50  # what matters less: orbax's times and marks of success
-    assert bits(restore(directory, 5, state(0))) == bits(state(5))
+    assert bits(restore(directory, 5, state(0))[0]) == bits(state(5))
 
 
 # Failures to save.
@@ -302,11 +303,11 @@ def test_a_save_that_fails(directory, monkeypatch):
     save(directory, 1)
     checkpoints = Checkpoints(directory)
     with monkeypatch.context() as patch:
-        patch.setattr("vmapbn_flax.runs.digest.write_whole", full)
-        checkpoints.save(2, state(2), CONFIG)
+        patch.setattr("vmapbn_flax.runs.sums.write_whole", full)
+        checkpoints.save(2, state(2), META)
         with pytest.raises(RunError, match=r"could not be saved \(OSError.*No space left.*That of step 1 is whole;"):
             checkpoints.wait()
-    checkpoints.save(3, state(3), CONFIG, best_step=1)  # there is room again
+    checkpoints.save(3, state(3), META, best_step=1)  # there is room again
     checkpoints.close()
     assert saved_steps(directory) == [1, 3]
     assert bits(restore_latest(directory, state(0))[0]) == bits(state(3))

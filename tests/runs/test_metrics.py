@@ -12,6 +12,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.metric_writer import MetricWriter
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics, compute
 
 HEADER, FOOTER = struct.Struct("<QI"), 4  # TFRecord: length and its checksum; the record's checksum
@@ -46,12 +47,12 @@ def rows(workdir):
 
 
 def write(workdir, resume_step, steps):
-    writer = MetricWriter(workdir, resume_step)
+    writer = MetricWriter(Workdir(workdir), resume_step)
     for step in steps:
         writer.write_scalars(step, {"train_loss": 1 / step, "learning_rate": 0.5})
     writer.flush()
     writer.close()
-    return writer.rows
+    return Workdir(workdir).read_rows()
 
 
 def test_one_object_a_line(tmp_path):
@@ -62,7 +63,7 @@ def test_one_object_a_line(tmp_path):
 
 
 def test_not_finite_is_null(tmp_path, caplog):
-    writer = MetricWriter(tmp_path, 0)
+    writer = MetricWriter(Workdir(tmp_path), 0)
     with caplog.at_level(logging.ERROR):
         writer.write_scalars(3, {"nan": math.nan, "inf": math.inf, "minus": -math.inf, "zero": 0.0, "count": 7})
     writer.close()
@@ -102,12 +103,12 @@ def test_damage_elsewhere_is_an_error(tmp_path):
     path.write_text(path.read_text().replace('"step": 4', '"step" 4'))
     before = path.read_bytes()
     with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: got a damaged row"):
-        MetricWriter(tmp_path, 6)
+        MetricWriter(Workdir(tmp_path), 6)
     assert path.read_bytes() == before
 
 
 def test_hparams(tmp_path, caplog):
-    writer = MetricWriter(tmp_path, 0)
+    writer = MetricWriter(Workdir(tmp_path), 0)
     writer.write_scalars(5, {"test_accuracy": 0.5})
     with caplog.at_level(logging.ERROR):
         writer.write_hparams(

@@ -4,8 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from vmapbn_flax.runs import pictures as plot
 from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.runs import pictures as plot
 from vmapbn_flax.runs.pictures import plot_runs
 
 

@@ -7,15 +7,15 @@ import signal
 import threading
 
 import pytest
+
 from tests.helpers import small
 from tests.helpers.prepare import as_examples, prepare
 from tests.helpers.runs import CONFIG, command, leftovers, outcome
-
-from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.data.records import Records
-from vmapbn_flax.training.programs import Programs
+from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.training.programs import Programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
 

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+
 from tests.helpers import small
 from tests.helpers.runs import CONFIG, command, outcome
-
-from vmapbn_flax.runs import train as loop, timing
+from vmapbn_flax.runs import timing
+from vmapbn_flax.runs import train as loop
 from vmapbn_flax.training.programs import Programs
 
 

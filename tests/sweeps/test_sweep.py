@@ -8,21 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default, saved, sweep_best, sweep_lr, sweep_norm, sweep_width
+from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_width
 from tests.helpers import small
+from vmapbn_flax import default_config
 from vmapbn_flax.cli.main import main
-from vmapbn_flax.config import flat, validate
+from vmapbn_flax.config import FIELDS, flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
 from vmapbn_flax.runs import train as loop
 from vmapbn_flax.runs.checkpoints import restore
 from vmapbn_flax.sweeps import plan
 from vmapbn_flax.sweeps import train as sweep
-from vmapbn_flax.sweeps.expand import chunk, expand, group
+from vmapbn_flax.sweeps.expand import chunk, expand, program_groups, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.members import member_bytes
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import TRACED_FIELDS, make_hyperparameters
 
 BASE = {"data__validation_size": 20, "train__log_every": 3, "train__eval_every": 1.4, "optimizer__name": "sgd"}
 RATES, SEEDS = (0.01, 0.03, 0.1, 0.3), (0, 1)
@@ -47,7 +47,7 @@ def sweep_config(sweep=None, **changes):
 def small_data():
     with pytest.MonkeyPatch.context() as patch:
         for module in (plan, loop):
-            patch.setattr(module, "load_dataset", lambda name, data_dir, size, limit: small.dataset(size))
+            patch.setattr(module, "load_dataset", lambda data: small.dataset(data.validation_size))
         yield
 
 
@@ -160,7 +160,7 @@ def test_random():
 def test_configs(module):
     members = expand(module.get_config())
     sizes = {sweep_lr: [15], sweep_norm: [5, 5, 5], sweep_width: [3, 3, 3, 3], sweep_best: [24]}[module]
-    assert [len(together) for together in group(members)] == sizes
+    assert [len(together) for together in program_groups(members)] == sizes
 
 
 BAD = [
@@ -186,7 +186,7 @@ BAD = [
     ),
     ({"model__norm": ("uniform", 0, 1)}, {"sweep_options__mode": "random"}, "expected choices"),
     ({"model__hidden": (tuple(range(1, 90)),)}, {}, r"a name of \d+ characters"),
-    ({}, {}, "got no field to sweep"),
+    ({}, {}, "got nothing to sweep"),
 ]
 
 
@@ -227,19 +227,32 @@ def test_a_sweep_is_no_run(tmp_path):
         loop.train(sweep_config(), tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", TRACED_FIELDS)
-def test_traced_fields_are_hyperparameters(name):
-    config = default.get_config()
-    before = make_hyperparameters(config, 10)
-    *sections, leaf = name.split(".")
-    section = config[sections[0]] if sections else config
-    section[leaf] = 1 if name == "seed" else 0.25
-    assert make_hyperparameters(config, 10) != before
+ARGUMENTS = {name for name, field in FIELDS.items() if field.traced} - {"train.num_epochs"}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_only_arguments_share_a_program(name):
+    """Of different `train.num_epochs` members are not, for a group trains in one loop."""
+    config, other = default_config(), default_config()
+    other.update_from_flattened_dict({name: another(flat(config)[name])})
+    assert (program_key(other) == program_key(config)) == (name in ARGUMENTS)
+
+
+def another(value):
+    """Another value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case str():
+            return f"another {value}"
+        case tuple():
+            return (*value, 3)
+    return value + 1
 
 
 def test_groups_and_chunks():
     members = expand(sweep_config({"model__hidden": ((4,), (8,)), "seed": tuple(range(5))}))
-    groups = group(members)
+    groups = program_groups(members)
     assert [[member.config.model.hidden for member in together] for together in groups] == [[(4,)] * 5, [(8,)] * 5]
     assert [len(part) for part in chunk(members, 4)] == [3, 3, 4]
     assert [len(part) for part in chunk(members, 10)] == [10]
@@ -447,7 +460,7 @@ def test_saved_config_of_a_sweep(eight):
 @pytest.mark.slow
 def test_memory_estimate_is_of_the_right_size(real_data):
     """Against what the compiler says that the largest program needs for one member more."""
-    config = default.get_config()
+    config = default_config()
     config.data.validation_size = 5000
     config.train.batch_size = 500
     dataset = small.mnist()

@@ -7,27 +7,9 @@ import optax
 import pytest
 
 from tests.helpers import small
-from vmapbn_flax.training.state import (
-    learning_rate,
-    make_hyperparameters,
-    make_optimizer,
-    steps_in,
-)
+from vmapbn_flax.training.state import learning_rate, make_optimizer
 
 TOTAL = 4 * small.STEPS_PER_EPOCH
-
-
-def test_steps_in_fractions_of_epochs():
-    assert [steps_in(epochs, 468) for epochs in (0.0, 0.1, 1.0, 2.5, 1 / 468)] == [0, 47, 468, 1170, 1]
-
-
-def test_hyperparameters_are_the_config_s_numbers():
-    config = small.config(seed=2**32 - 1, optimizer__warmup_epochs=0.5, optimizer__weight_decay=0.1)
-    hyper = make_hyperparameters(config, small.STEPS_PER_EPOCH)
-    assert (hyper.seed, hyper.warmup_steps, hyper.total_steps) == (2**32 - 1, 3, TOTAL)
-    assert hyper.weight_decay == np.float32(0.1)
-    assert hyper.batch_norm_epsilon == np.float32(1e-5)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(hyper)} == {"uint32", "int32", "float32"}
 
 
 # The schedule.
@@ -36,8 +18,8 @@ def test_hyperparameters_are_the_config_s_numbers():
 def rates(schedule, peak, warmup, total=TOTAL):
     """Our learning rates at every step, and some after the last."""
     config = small.config(optimizer__schedule=schedule)
-    hyper = small.hyper(config, learning_rate=peak)
-    hyper = hyper.replace(warmup_steps=np.int32(warmup), total_steps=np.int32(total))
+    changes = {"optimizer__warmup_steps": warmup, "train__num_steps": total}
+    hyper = small.hyper(config, optimizer__learning_rate=peak, **changes)
     return jax.vmap(partial(learning_rate, config.optimizer, hyper))(jnp.arange(TOTAL + 5))
 
 
@@ -86,7 +68,8 @@ def test_optimizer_is_optax_s(name, weight_decay):
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), draw, is_leaf=lambda x: isinstance(x, list))
 
     config = small.config(optimizer__name=name)
-    hyper = small.hyper(config, weight_decay=weight_decay, adam_b1=0.8, adam_b2=0.95, sgd_momentum=0.7)
+    numbers = {"weight_decay": weight_decay, "adam_b1": 0.8, "adam_b2": 0.95, "sgd_momentum": 0.7}
+    hyper = small.hyper(config, **{f"optimizer__{name}": number for name, number in numbers.items()})
     params, gradients = tree(), [tree() for _ in range(3)]
 
     @jax.jit
@@ -135,11 +118,16 @@ def test_one_program_for_every_number():
         small.hyper(config, **numbers)
         for numbers in (
             {},
-            {"learning_rate": 0.3, "batch_norm_momentum": 0.5},
-            {"label_smoothing": 0.2, "weight_decay": 0.1, "adam_b1": 0.5, "batch_norm_epsilon": 0.1},
+            {"optimizer__learning_rate": 0.3, "model__batch_norm_momentum": 0.5},
+            {
+                "train__label_smoothing": 0.2,
+                "optimizer__weight_decay": 0.1,
+                "optimizer__adam_b1": 0.5,
+                "model__batch_norm_epsilon": 0.1,
+            },
+            {"optimizer__warmup_steps": 9, "train__num_steps": 99, "seed": 5},
         )
     ]
-    different.append(different[0].replace(warmup_steps=np.int32(9), total_steps=np.int32(99), seed=np.uint32(5)))
     step(start, different[0], batch)
     programs = step._cache_size()
     results = [step(start, hyper, batch)[0] for hyper in different]

@@ -40,9 +40,9 @@ def step_in_float64(params, hyper, batch, normed):
         pre.append(x @ params[f"dense_{i}"]["kernel"] + params[f"dense_{i}"]["bias"])
         y = pre[-1]
         if normed:
-            norms[i] = params[f"norm_{i}"] | {"epsilon": float(hyper.batch_norm_epsilon)}
+            norms[i] = params[f"norm_{i}"] | {"epsilon": float(hyper["model.batch_norm_epsilon"])}
             result = oracle.batch_norm(y, **norms[i])
-            keep = float(hyper.batch_norm_momentum)
+            keep = float(hyper["model.batch_norm_momentum"])
             stats[f"norm_{i}"] = {
                 "mean": (1 - keep) * result.mean,
                 "var": keep + (1 - keep) * result.var,
@@ -52,7 +52,7 @@ def step_in_float64(params, hyper, batch, normed):
     inputs.append(x)
     logits = x @ params["logits"]["kernel"] + params["logits"]["bias"]
 
-    smoothing = float(hyper.label_smoothing)
+    smoothing = float(hyper["train.label_smoothing"])
     targets = (1 - smoothing) * np.eye(small.CLASSES)[labels] + smoothing / small.CLASSES
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     loss = -(targets * log_p).sum(1).mean()
@@ -69,7 +69,7 @@ def step_in_float64(params, hyper, batch, normed):
             g = result.dx
         gradients[f"dense_{i}"] = {"kernel": inputs[i].T @ g, "bias": g.sum(0)}
         g = g @ params[f"dense_{i}"]["kernel"].T
-    moved = jax.tree.map(lambda p, g: p - float(hyper.learning_rate) * g, params, gradients)
+    moved = jax.tree.map(lambda p, g: p - float(hyper["optimizer.learning_rate"]) * g, params, gradients)
     return loss, (logits.argmax(1) == labels).sum(), moved, stats
 
 
@@ -77,9 +77,13 @@ def step_in_float64(params, hyper, batch, normed):
 def test_one_step_by_hand(norm):
     changes = {"model__hidden": (6, 5), "optimizer__name": "sgd", "optimizer__schedule": "constant"}
     hyper = small.hyper(
-        small.config(**changes), learning_rate=0.7, sgd_momentum=0.0, label_smoothing=0.1, batch_norm_momentum=0.6
+        small.config(**changes),
+        optimizer__learning_rate=0.7,
+        optimizer__sgd_momentum=0.0,
+        optimizer__warmup_steps=0,
+        train__label_smoothing=0.1,
+        model__batch_norm_momentum=0.6,
     )
-    hyper = hyper.replace(warmup_steps=np.int32(0))
     state = small.programs(**changes).create()
     state = state if norm != "none" else without_norm(state)
     state = state.replace(opt_state=make_optimizer(small.config(**changes).optimizer, hyper, 0.0).init(state.params))
@@ -113,7 +117,7 @@ def gradient(config):
 @variants
 def test_padded_batch_is_the_batch(norm):
     config = small.config(model__norm=norm)
-    hyper = small.hyper(config, label_smoothing=0.1)
+    hyper = small.hyper(config, train__label_smoothing=0.1)
     state = small.start() if norm != "none" else without_norm(small.start())
     measure, batch = jax.jit(gradient(config)), small.batch()
     small.assert_close(measure(state, hyper, small.pad(batch, 24)), measure(state, hyper, batch), atol=1e-7)
@@ -131,7 +135,7 @@ def test_metrics_leave_padding_out():
 def test_ghost_batches_are_groups_of_their_own(norm):
     """The mean of the groups' losses, gradients and statistics, padded with whole groups or not."""
     ghost, plain = small.config(model__norm=norm, model__ghost_batch_size=4), small.config(model__norm=norm)
-    hyper, state, batch = small.hyper(ghost, label_smoothing=0.1), small.start(), small.batch()
+    hyper, state, batch = small.hyper(ghost, train__label_smoothing=0.1), small.start(), small.batch()
     groups = Batch(batch.images.reshape(4, 4, -1), batch.labels.reshape(4, 4))
     each = jax.jit(jax.vmap(gradient(plain), in_axes=(None, None, 0)))(state, hyper, groups)
     expected = jax.tree.map(lambda leaf: leaf.mean(0), each)
@@ -152,7 +156,7 @@ def test_ghost_batches_do_not_matter_to_evaluation():
 
 def poisoned():
     """A batch whose loss is NaN: the numbers of a step may be anything."""
-    return small.hyper(small.config(), label_smoothing=np.nan)
+    return small.hyper(small.config(), train__label_smoothing=np.nan)
 
 
 def assert_stood_still(new, old):
@@ -187,7 +191,7 @@ def test_gradient_that_is_not_finite():
     params["dense_0"] = jax.tree.map(lambda p: 1e-25 * p, params["dense_0"])
     params["logits"] = params["logits"] | {"kernel": jnp.zeros((6, 4)).at[0, 0].set(1e30)}
     state = state.replace(params=params)
-    hyper = small.hyper(small.config(), batch_norm_epsilon=1e-37)
+    hyper = small.hyper(small.config(), model__batch_norm_epsilon=1e-37)
     new, metrics = small.train_step()(state, hyper, small.batch())
     assert np.isfinite(compute(metrics)["loss"])
     assert_stood_still(new, state)
@@ -224,7 +228,7 @@ def test_frozen_after_too_many():
 def test_one_member_s_nan_is_its_own():
     config, hypers, states, step = small.members()
     good, batch = small.stack(hypers), small.batch()
-    bad = good.replace(label_smoothing=np.array([0, np.nan, 0], np.float32))
+    bad = good | {"train.label_smoothing": np.array([0, np.nan, 0], np.float32)}
     healthy = sick = states
     for _ in range(config.train.max_skipped_steps + 2):
         healthy, _ = step(healthy, good, batch)

@@ -1,11 +1,20 @@
 """`python -m vmapbn_flax evaluate`: loss and accuracy of a checkpoint, in either variant of the network."""
 
+import argparse
 from pathlib import Path
 
 from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.runs.loading import load_config, load_state
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.programs import Programs
+
+
+def run(arguments: argparse.Namespace, started: float) -> int:
+    """Prints what `evaluate` finds."""
+    for name, value in evaluate(arguments.workdir, arguments.step, arguments.norm).items():
+        print(name, value)
+    return 0
 
 
 def evaluate(workdir: Path, step: int | None = None, norm: str | None = None) -> dict[str, float | int]:
@@ -20,12 +29,12 @@ def evaluate(workdir: Path, step: int | None = None, norm: str | None = None) ->
       RunError: `workdir` has no such checkpoint, or it is damaged.
       UsageError: the run has no batch norm and `norm` is given.
     """
-    config = load_config(workdir)
+    run_workdir = Workdir(workdir)
+    config = load_config(run_workdir)
     if norm is not None:
         if config.model.norm == "none":
             raise UsageError(f"--norm={norm}: got a run without batch norm, {workdir}, expected one with it")
         config.model.norm = norm
-    data = config.data
-    programs = Programs([config], load_dataset(data.name, data.dir, data.validation_size, data.memory_limit))
-    state = load_state(workdir, step, programs)
+    programs = Programs([config], load_dataset(config.data))
+    state = load_state(run_workdir, step, programs)
     return {"step": int(state.step), **programs.evaluate(state)}

@@ -1,5 +1,6 @@
 """The `--config` flag: a config file of ml_collections, with overrides, or one line that says what is wrong."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,13 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     """The config that `--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...` spells, and its run's workdir.
 
     The workdir is `runs/<name of the file>`, or for a file that takes a workdir as its argument, such as
-    `configs/saved.py`, that one.
+    `configs/saved.py`, that one. The file can import modules of the current directory.
 
     Raises:
       UsageError: a flag, a field, a value or the file is wrong.
     """
+    if str(Path.cwd()) not in sys.path:  # where config files may lie that this one imports
+        sys.path.append(str(Path.cwd()))
     argv = ["train.py", *arguments]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -35,7 +38,7 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     if not isinstance(config, ConfigDict):
         raise UsageError(
             f"{source}: got a {type(config).__name__} from its get_config(), expected a ConfigDict. "
-            f"Return the config there, as configs/vmap_bn.py does."
+            f"Return one made from vmapbn_flax.default_config()."
         )
     config.lock()
     path, _, workdir = source.partition(":")
@@ -49,7 +52,7 @@ def _explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, KeyError | AttributeError):  # a field that is not there, quoted once or twice
         lines = [line.strip(" '\"\\") for line in text.replace("\\n", "\n").splitlines()]
-        return f"got an unknown field ({': '.join(lines)}), expected one of those in configs/default.py"
+        return f"got an unknown field ({': '.join(lines)}), expected one of vmapbn_flax.default_config()"
     # Theirs may quote a whole traceback; the reason comes last.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, OSError):
@@ -57,4 +60,7 @@ def _explain(error: Exception) -> str:
     reason = lines[0] if len(lines) == 1 else f"{lines[0].removesuffix(':')}: {lines[-1]}"
     if not isinstance(error, flags.Error):
         reason = f"{type(error).__name__} in the config file: {reason}"
-    return f"got a command line or config file that cannot be used ({reason}), expected fields of configs/default.py"
+    return (
+        f"got a command line or config file that cannot be used ({reason}), expected fields of "
+        f"vmapbn_flax.default_config()"
+    )

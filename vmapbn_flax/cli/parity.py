@@ -1,6 +1,8 @@
 """`python -m vmapbn_flax parity`: is the vmapped network the batched one? Measured on real batches."""
 
+import argparse
 import contextlib
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +17,21 @@ from vmapbn_flax.config import validate
 from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
+from vmapbn_flax.runs.console import table
 from vmapbn_flax.training.metrics import TrainMetrics, compute
 from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.state import TrainState
 
 _STEPS = 100
+
+
+def run(arguments: argparse.Namespace, started: float) -> int:
+    """Prints the differences; 1 if one is too large."""
+    rows = parity(arguments.config)
+    cells = [(*row, "yes" if row.within else "NO") for row in rows]
+    header = ("vmapped against batched", "largest difference", "in ulps", "relative", "tolerance", "within")
+    table(cells, header, file=sys.stdout)
+    return 0 if all(row.within for row in rows) else 1
 
 
 class Difference(NamedTuple):
@@ -60,8 +72,7 @@ def parity(config: ConfigDict) -> list[Difference]:
     validate(config)
     if config.model.norm == "none":
         raise UsageError("config.model.norm: got 'none', expected 'vmap' or 'batched': parity compares the two")
-    data = config.data
-    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    dataset = load_dataset(config.data)
     programs = []
     for norm in ("vmap", "batched"):
         variant = config.copy_and_resolve_references()  # a deep copy: programs read it when they are compiled
@@ -103,5 +114,5 @@ def _advance(programs: Programs, count: int) -> tuple[np.ndarray, TrainState]:
 def _through_checkpoint(state: TrainState, config: ConfigDict, programs: Programs) -> Any:
     with signals.raised(), tempfile.TemporaryDirectory() as directory:
         with contextlib.closing(Checkpoints(Path(directory))) as checkpoints:
-            checkpoints.save(int(state.step), state, config.to_dict(), None)
-        return restore(Path(directory), int(state.step), programs.template())
+            checkpoints.save(int(state.step), programs.snapshot(state), {"config": config.to_dict()})
+        return restore(Path(directory), int(state.step), programs.template())[0]

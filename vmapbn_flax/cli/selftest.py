@@ -1,5 +1,6 @@
 """`python -m vmapbn_flax selftest`: is a run that was stopped and resumed the run that never was? Measured here."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -21,10 +22,22 @@ from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import read_json, read_lines
 from vmapbn_flax.runs.checkpoints import saved_steps
-from vmapbn_flax.runs.console import say
+from vmapbn_flax.runs.console import say, table
 from vmapbn_flax.runs.loading import load_state
+from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import steps_in
+
+
+def run(arguments: argparse.Namespace, started: float) -> int:
+    """Prints the comparisons; 1 if something differs."""
+    found = selftest(arguments.config, arguments.config_flags)
+    cells = [
+        (what, size, f"NO: {len(different)} differ, first {different[0]}" if different else "yes")
+        for what, size, different in found
+    ]
+    table(cells, ("stopped and resumed against undisturbed", "compared", "equal"), file=sys.stdout)
+    return 1 if any(comparison.different for comparison in found) else 0
 
 
 class Comparison(NamedTuple):
@@ -46,19 +59,18 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
       RunError: a process failed, or the run was over before it could be stopped.
     """
     validate(config)
-    data = config.data
-    dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
+    dataset = load_dataset(config.data)
     validate_sizes(config, len(dataset.train))
     total = steps_in(config.train.num_epochs, len(dataset.train) // config.train.batch_size)
     log_every = min(config.train.log_every, max(1, total // 4))  # so that at the first row there is much to go
     flags = [*flags, f"--config.train.log_every={log_every}"]
     with signals.raised(), tempfile.TemporaryDirectory(prefix="selftest_") as directory:
-        straight, resumed = Path(directory, "straight"), Path(directory, "resumed")
+        straight, resumed = Workdir(Path(directory, "straight")), Workdir(Path(directory, "resumed"))
         say(f"training {total} steps")
         _train(flags, straight)
         say("training until a SIGTERM")
         _train(flags, resumed, stop=True)
-        step = saved_steps(resumed / "checkpoints")[-1]
+        step = saved_steps(resumed.checkpoints)[-1]
         say(f"resuming at step {step}")
         if f"resuming at step {step} of {total} steps" not in _train(flags, resumed) or step == total:
             raise RunError(
@@ -70,7 +82,7 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
         found = [_compare(*first, second) for first, (_, _, second) in ends]
         if config.model.norm != "none":
             say("parity and refresh")
-            rows, evaluated, summary = parity(config), refresh(resumed)["before"], read_json(resumed / "summary.json")
+            rows, evaluated, summary = parity(config), refresh(resumed.path)["before"], read_json(resumed.summary)
             outside = [row.what for row in rows if not row.within]
             found.append(Comparison("parity: the vmapped and the batched network", f"{len(rows)} quantities", outside))
             logged = {name: summary.get(name) for name in evaluated}
@@ -78,13 +90,13 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
     return found
 
 
-def _train(flags: Sequence[str], workdir: Path, *, stop: bool = False) -> str:
+def _train(flags: Sequence[str], workdir: Workdir, *, stop: bool = False) -> str:
     """Trains in a process of its own, to the end or until there is a row; returns what it said."""
     command = [sys.executable, "-m", "vmapbn_flax", "train", *flags, f"--workdir={workdir}"]
-    log = workdir.with_suffix(".log")
+    log = workdir.path.with_suffix(".log")
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
-            while stop and process.poll() is None and not read_lines(workdir / "metrics.jsonl"):
+            while stop and process.poll() is None and not workdir.read_rows():
                 time.sleep(0.002)
             if stop:
                 process.terminate()
@@ -97,11 +109,11 @@ def _train(flags: Sequence[str], workdir: Path, *, stop: bool = False) -> str:
     return said
 
 
-def _end(workdir: Path, programs: Programs) -> list[tuple[str, str, dict[str, bytes]]]:
+def _end(workdir: Workdir, programs: Programs) -> list[tuple[str, str, dict[str, bytes]]]:
     """All that a run ends with: what it is, what it consists of, and these parts by name."""
     leaves = jax.tree_util.tree_leaves_with_path(load_state(workdir, None, programs))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.tobytes() for path, leaf in leaves}
-    lines, summary = read_lines(workdir / "metrics.jsonl"), read_json(workdir / "summary.json")
+    lines, summary = read_lines(workdir.metrics), read_json(workdir.summary)
     del summary["seconds"]
     rows = {f"row {number}": line for number, (line, _) in enumerate(lines, start=1)}
     return [

@@ -1,4 +1,4 @@
-"""A data set: a name, and splits of which examples can be asked for by their numbers."""
+"""A data set: its name and its splits, which read examples by their numbers."""
 
 import abc
 import dataclasses
@@ -11,35 +11,35 @@ from jaxtyping import Int32, Integer, UInt8
 
 from vmapbn_flax.errors import UsageError
 
-_BLOCK = 1024  # examples; read together they take a third of the time
+_BLOCK = 1024  # examples in one read; one at a time takes three times as long
 
 
 class Examples(abc.ABC):
-    """Labelled images in a fixed order, wherever they are."""
+    """Labelled images in a fixed order, in memory or in files."""
 
     @property
     @abc.abstractmethod
     def image_shape(self) -> tuple[int, ...]:
-        """That of one image: `(height, width)` when grey, with a last axis of channels otherwise."""
+        """Shape of one image: `(height, width)` when grey, otherwise `(height, width, channels)`."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def __getitem__(self, examples: slice) -> "Examples":
-        """A run of them, in the same order."""
+        """The examples of a slice, in the same order."""
 
     @abc.abstractmethod
     def read(self, rows: Integer[np.ndarray, " rows"]) -> "Split":
-        """The examples of these numbers, from 0, in the order of `rows`.
+        """The examples whose numbers, counted from 0, are `rows`, in that order.
 
         Raises:
-          UsageError: one cannot be read, or is not what the data set says it is.
+          UsageError: an example cannot be read, or has another shape or label than the data set declares.
         """
 
     @property
     def nbytes(self) -> int:
-        """What all of them take as the arrays of a `Split`."""
+        """Bytes that the examples take as the arrays of a `Split`."""
         return len(self) * (math.prod(self.image_shape) + np.dtype(np.int32).itemsize)
 
 
@@ -48,8 +48,8 @@ class Split(Examples):
     """Examples as arrays in memory.
 
     Attributes:
-      images: intensities from 0 to 255, `(examples, height, width)` when grey, with a last axis of
-        channels otherwise.
+      images: intensities from 0 to 255, `(examples, height, width)` when grey, otherwise
+        `(examples, height, width, channels)`.
       labels: the class of each image, from 0.
     """
 
@@ -72,11 +72,11 @@ class Split(Examples):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The splits of one data set; `validation` is None where none was asked for.
+    """The splits of one data set; `validation` is None where the config asks for none.
 
     Attributes:
-      streamed: whether training is to read the examples as it goes; otherwise the splits are arrays, and
-        are put on the device whole.
+      streamed: whether training reads the examples batch by batch. Otherwise the splits are arrays, and the
+        device holds them whole.
     """
 
     name: str
@@ -88,20 +88,20 @@ class Dataset:
 
     @property
     def nbytes(self) -> int:
-        """What all splits take as arrays."""
+        """Bytes that all splits take as arrays."""
         return sum(split.nbytes for split in (self.train, self.test, self.validation) if split is not None)
 
     @property
     def gigabytes(self) -> float:
-        """The smallest memory limit, to a hundredth, that this fits."""
+        """The smallest `data.memory_limit` that admits this data set, rounded up to a hundredth."""
         return math.ceil(self.nbytes / 1e7) / 100
 
 
 def expanded(name: str) -> Path:
-    """`name` as a path, `~` and `~user` being the homes of users.
+    """`name` as a path, with `~` and `~user` replaced by home directories.
 
     Raises:
-      UsageError: no such user is known.
+      UsageError: the home directory is not known.
     """
     try:
         return Path(name).expanduser()
@@ -116,7 +116,10 @@ def gather(
     rows: Integer[np.ndarray, " rows"],
     stopped: Callable[[], bool] = lambda: False,
 ) -> Split:
-    """`examples.read(rows)`, a block at a time; zeros where a row is -1, and from the block on before `stopped()`."""
+    """`examples.read(rows)`, a block at a time, with zeros where a row is -1.
+
+    Asks `stopped` before each block; once it is true, the rest stays zero.
+    """
     images, labels = np.zeros((len(rows), *examples.image_shape), np.uint8), np.zeros(len(rows), np.int32)
     (wanted,) = np.nonzero(rows >= 0)
     for start in range(0, len(wanted), _BLOCK):

@@ -1,4 +1,4 @@
-"""MNIST as it was published: four gzipped IDX files, which come with the package."""
+"""MNIST as it was published: four gzipped IDX files, which are a part of the package."""
 
 import gzip
 import hashlib
@@ -26,7 +26,7 @@ _ahead: dict[str, Future[Dataset]] = {}
 
 
 def read_ahead(data_dir: str = "") -> None:
-    """Begins to read, in a thread that imports nothing, what `load` is going to be asked for."""
+    """Starts reading what `load(data_dir)` will return, in a thread, which imports nothing."""
     pool = ThreadPoolExecutor(1)
     _ahead[data_dir] = pool.submit(_load, data_dir)
     pool.shutdown(wait=False)
@@ -52,7 +52,7 @@ def read_mnist(directory: Path, sums: Path = _BUNDLED / "SHA256") -> Dataset:
     def read(file: str) -> np.ndarray:
         return _read_idx(directory / f"{file}.gz", expected[file])
 
-    # Threads help: zlib and hashlib let go of the interpreter.
+    # Threads help: zlib and hashlib release the interpreter's lock.
     with ThreadPoolExecutor(len(_FILES)) as pool:
         train_images, train_labels, test_images, test_labels = pool.map(read, _FILES)
     return Dataset(
@@ -81,7 +81,7 @@ def _read_idx(path: Path, expected: str) -> np.ndarray:
         raise UsageError(_unusable(path, error)) from error
     if (got := hashlib.sha256(content).hexdigest()) != expected:
         raise UsageError(_unusable(path, f"contents of SHA-256 {got}, not {expected}"))
-    # IDX: two zero bytes, the type (8: uint8), the number of axes, their lengths, the values.
+    # IDX: two zero bytes, the type (8 is uint8), the number of axes, the length of each axis, the values.
     num_axes = content[3]
     shape = np.frombuffer(content, ">u4", num_axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)

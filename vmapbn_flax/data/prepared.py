@@ -1,8 +1,8 @@
 """Image classification sets that tensorflow-datasets has prepared, read without TensorFlow.
 
-A prepared set is a directory `<data_dir>/<name>[/<config>]/<version>`. If its images fit in memory they are
-decoded once: the arrays stay in the user's cache directory until a file of the prepared set changes, and a
-set in the cache does not even import tensorflow-datasets.
+A prepared set is a directory `<data_dir>/<name>[/<config>]/<version>`. If its images fit in memory, they are
+decoded once, and the arrays are kept in the user's cache directory until a file of the prepared set changes.
+Reading that cache does not import tensorflow-datasets.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import re
 import shlex
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,19 +26,19 @@ from vmapbn_flax.errors import UsageError
 
 _NAME = re.compile(r"(?P<set>[A-Za-z]\w*)(/(?P<config>\w[\w+.-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
-_CACHE_FORMAT = 2  # part of a cache's identity: count up when what it holds changes
+_CACHE_FORMAT = 2  # part of a cache's identity: increment it when the contents change
 
 _log = logging.getLogger(__name__)
 
 
 def load(name: str, data_dir: str = "", max_bytes: float = math.inf) -> Dataset:
-    """The data set `name` as prepared in `data_dir`, or else in tensorflow-datasets' own default.
+    """The data set `name` as prepared in `data_dir`, by default in tensorflow-datasets' own directory.
 
-    Its splits are arrays, or, if those would have more than `max_bytes`, records in its files.
+    Its splits are arrays, or, if the arrays would take more than `max_bytes`, records in its files.
 
     Raises:
-      UsageError: it is not there, cannot be read, or is something else than image classification with
-        images of one size and a train and a test split.
+      UsageError: the data set is missing, cannot be read, or is not an image classification set with images
+        of one size and the splits train and test.
     """
     root = expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
     build = ["tfds", "build", name, "--file_format=array_record", f"--data_dir={root}"]
@@ -89,7 +90,7 @@ def _find(name: str, root: Path, command: str) -> Path:
 
 
 def _versions(directory: Path) -> list[str]:
-    """Names of the prepared versions; an unfinished one has another name until it is complete."""
+    """Names of the prepared versions; a version in preparation has another name until it is complete."""
     return [folder.name for folder in _folders(directory) if _VERSION.fullmatch(folder.name)]
 
 
@@ -106,7 +107,7 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def _identity(directory: Path, command: str) -> str:
-    """A digest that changes whenever the prepared files do."""
+    """A digest of the names, sizes and times of the prepared files."""
     try:
         stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.iterdir())
     except OSError as error:
@@ -118,7 +119,7 @@ def _identity(directory: Path, command: str) -> str:
 
 
 def _cache_path(directory: Path) -> Path:
-    """One file for each prepared directory, so that a set prepared anew replaces its old cache."""
+    """One file for each prepared directory, so that a set prepared again replaces its old cache."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
     return caches / "vmapbn_flax" / f"{place}.npz"
@@ -133,21 +134,22 @@ def _read_cache(path: Path, name: str, identity: str, max_bytes: float) -> Datas
             return Dataset(name, cache["num_classes"].item(), train, test)
     except FileNotFoundError:
         return None
-    except Exception as error:  # zipfile checks a CRC, and a damaged header can raise anything
+    except Exception as error:  # a damaged header can raise anything
         _log.warning("%s: got %s; the images are decoded again.", path, first_line(error))
         return None
 
 
 def _write_cache(path: Path, dataset: Dataset, identity: str) -> None:
-    """Writes the cache whole or, with a warning, not at all."""
+    """Writes the whole cache or, with a warning, nothing."""
     numbers = {"num_classes": dataset.num_classes, "num_bytes": dataset.nbytes}
-    arrays = {"identity": np.array(identity), **{name: np.array(number) for name, number in numbers.items()}}
+    arrays: dict[str, Any] = {"identity": np.array(identity)}
+    arrays |= {name: np.array(number) for name, number in numbers.items()}
     for split in SPLITS:
         part = getattr(dataset, split)
         arrays |= {f"{split}_images": part.images, f"{split}_labels": part.labels}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: several runs may start at once.
+        # A unique name, since several runs may start at the same time.
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             try:

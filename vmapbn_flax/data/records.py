@@ -16,15 +16,15 @@ SPLITS = ("train", "test")
 
 
 def open_records(name: str, directory: Path, command: str) -> Dataset:
-    """The data set prepared in `directory`; its splits are `Records`, and not one of them is read yet.
+    """The data set prepared in `directory`, with splits of `Records`; no example is read yet.
 
     Args:
       name: of the data set.
-      directory: of one version.
-      command: prepares it again.
+      directory: of one prepared version.
+      command: prepares the data set again; quoted in errors.
 
     Raises:
-      UsageError: it cannot be read, or is something else than `prepared.load` says.
+      UsageError: the data set cannot be read, or is not of the kind that `prepared.load` describes.
     """
     import tensorflow_datasets as tfds
 
@@ -45,9 +45,9 @@ def open_records(name: str, directory: Path, command: str) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Records(Examples):
-    """Examples `numbers` of the split `name` of the data set prepared in `directory`, each decoded when it is read.
+    """The examples `numbers` of the split `name` in `directory`, decoded whenever they are read.
 
-    Threads may read at the same time.
+    Several threads may read at the same time.
     """
 
     directory: Path
@@ -92,7 +92,7 @@ def _reading(directory: Path, command: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except Exception as error:  # whatever the libraries below make of a damaged file
+    except Exception as error:  # a damaged file may raise any exception in the libraries below
         raise UsageError(
             f"{directory}: got {type(error).__name__} when reading ({first_line(error)}); expected a "
             f"complete data set. If a file is damaged, remove that directory and prepare it again: {command}"
@@ -130,12 +130,12 @@ def _require_image_classification(builder: Any, directory: Path, command: str, t
 
 
 def _describe(feature: Any) -> str:
-    """Such as "Image (None, None, 3) uint8"."""
+    """A feature in words, such as "Image (None, None, 3) uint8"."""
     if hasattr(feature, "num_classes"):
         return f"{type(feature).__name__} of {feature.num_classes} classes"
     return f"{type(feature).__name__} {feature.shape} {np.dtype(feature.np_dtype).name}"
 
 
 def first_line(error: Exception) -> str:
-    """What to quote of `error` in a line."""
+    """The first line of the message of `error`, at most 200 characters."""
     return next(iter(str(error).strip().splitlines()), "no message")[:200]

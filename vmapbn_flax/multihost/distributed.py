@@ -5,15 +5,14 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from typing import NoReturn
 
 import jax
 
-from vmapbn_flax.errors import RunError, UsageError, UserError
+from vmapbn_flax.errors import RunError, UsageError
 
 _HEARTBEAT_SECONDS = 6  # of silence after which a process is taken for dead
-_LOST = (
+LOST = (
     "lost another process of this run, which ended or cannot be reached; the same command in every process continues "
     "from the newest checkpoint"
 )
@@ -43,26 +42,13 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
         jax.distributed.initialize(**where, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError, KeyError, OSError, OverflowError) as error:
         raise RunError(
-            f"config.distributed: got {_first_line(error)}; expected {coordinator!r} to name where all processes meet "
+            f"config.distributed: got {first_line(error)}; expected {coordinator!r} to name where all processes meet "
             f"within five minutes. Start distributed.num_processes of them, each with a process_id of its own."
         ) from error
 
 
-def leave(error: BaseException, status: int) -> NoReturn:
-    """Exits with a line about `error`, now: what else there is to do at the end of a process waits for the others."""
-    if isinstance(error, KeyboardInterrupt):
-        message = "stopped; the same command in every process starts again"
-    elif isinstance(error, UserError | OSError):
-        message = str(error)
-    # What XLA raises where a connection breaks depends on the device.
-    elif isinstance(error, jax.errors.JaxRuntimeError | ValueError):
-        message = f"{_LOST} ({_first_line(error)})"
-    else:
-        message = traceback.format_exc()
-    _exit(message, status)
-
-
-def _exit(message: str, status: int) -> NoReturn:
+def leave(message: str, status: int) -> NoReturn:
+    """Ends this process at once, with a line: what else there is to do at the end of one waits for the others."""
     sys.stdout.flush()
     os.write(2, f"error: {message}\n".encode())  # not through a buffer that another thread may hold
     os._exit(status)
@@ -74,8 +60,9 @@ def _aborted(signum: int) -> None:
 
     A handler of Python's own would run when that thread gets back to Python, which it does not.
     """
-    _exit(_LOST, 1)
+    leave(LOST, 1)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, shortened."""
     return str(error).partition("\n")[0][:200]

@@ -1,258 +1,224 @@
-"""Many processes, one run or sweep: process 0 leads, and the others follow it call by call.
+"""The processes of one run or sweep: each runs the same program, and here is what they tell one another.
 
-The leader runs the loop. It alone has the workdir, and it alone decides what comes next: before each call that works
-on the devices of all processes it says which one, and the others make the same call with the same numbers. What they
-report in turn are signals, so that one sent to any process stops all of them at the same step.
+Most of what a process does follows from what all of them have: the config, the data, global arrays. What only one can
+know (a signal, the clock, that a file could not be written) is agreed on where the program says `together`, once a
+chunk of steps. It travels through the key-value store of jax.distributed, not over the devices, so that a process may
+wait for it whatever its devices do.
+
+An error that is not agreed on finds the others anywhere, in a collective of the devices too, which would wait for the
+failed process for half an hour. So the failed process posts its error in the store, and in every process a thread looks
+there once a second.
 """
 
 import contextlib
+import json
 import signal
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
-from jaxtyping import Int, PyTree
-from ml_collections import ConfigDict
 
-from vmapbn_flax import signals
-from vmapbn_flax.config import of_one_process
-from vmapbn_flax.errors import EndedElsewhere, Interrupted, UsageError, UserError
+from vmapbn_flax.errors import Interrupted, RunError, UsageError, UserError
 from vmapbn_flax.multihost import distributed
-from vmapbn_flax.training.metrics import EvalMetrics
-from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import TrainState
 
-_END, _CHANGE, _COMPILE, _COMPILE_MEASURE, _CREATE, _PLACE, _ADVANCE, _FRESH_METRICS, _MEASURE = range(9)
-
-_PIECE_BYTES = 2**26
+_FAILURE = "vmapbn_flax/failure"
+_LOOK_SECONDS = 1.0  # between two looks for a failure
+_NOTICE_SECONDS = 5.0  # that a failed process gives the others to take notice
+_SILENCE_SECONDS = 8.0  # in which a failure explains a broken connection, or a process is taken for dead
 
 
-class Group:
-    """The processes of a run, or sweep, seen from one of them.
+class SharedError(RunError):
+    """A `UserError` that `Processes.together` raises in every process."""
+
+
+class Agreement:
+    """What the processes say to one another in one `together`.
 
     Attributes:
-      config: of the run, the same in all of them.
-      follows: whether another process leads.
-      many: whether there are others.
-      parted: whether all of them know that this is the end.
+      heard: what each process said, in their order; set when the block ends.
     """
 
-    def __init__(self, config: ConfigDict):
-        self.config = config
-        self.follows = jax.process_index() > 0
-        self.many = jax.process_count() > 1
-        self.parted = not self.many
+    def __init__(self) -> None:
+        self.said: dict[str, Any] = {}
+        self.heard: list[dict[str, Any]] = []
+
+    def say(self, **said: Any) -> None:
+        """Tells the others numbers, strings, lists and dictionaries of them, by name."""
+        self.said |= said
+
+
+class Processes:
+    """The processes of a run or sweep, seen from this one, which may be the only one.
+
+    Attributes:
+      index: of this process.
+      count: of all.
+      first: whether this process is the one that writes files and speaks.
+    """
+
+    def __init__(self) -> None:
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self.first = self.index == 0
+        self._round = 0
+        self._left = threading.Event()
+        if self.count > 1:
+            from jax._src.distributed import global_state  # the client has no public name
+
+            self._client = global_state.client
+            threading.Thread(target=self._look_for_failure, name="look_for_failure", daemon=True).start()
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """If the block ends in a UserError in one process, the others exit, without a word, with its status."""
-        try:
-            yield
-        except UserError as error:
-            self.exchange(error.exit_status)
-            self.parted = True
-            raise
-        if status := self.exchange(0).max():
-            self.parted = True
-            raise EndedElsewhere(int(status))
+    def together(self) -> Iterator[Agreement]:
+        """A block at whose end every process knows what each said, and whether one of them failed in it.
 
-    def require_same_config(self) -> None:
-        """Refuses to go on with one config here and another there."""
-        with self.together():
-            checksums = self.exchange(zlib.crc32(self.config.to_json(sort_keys=True).encode()) >> 1)
-            if len(set(checksums[:, 0].tolist())) > 1:
-                raise UsageError(
-                    "got configs that differ between processes, expected the same command line in all of them but for "
-                    "config.distributed.process_id"
-                )
-
-    @contextlib.contextmanager
-    def led(self, received: list[int]) -> Iterator["Leader"]:
-        """Leads the others through the block, at whose end they end; signals that they get go to `received`."""
-        leader = Leader(self, received)
-        try:
-            yield leader
-        except BaseException as error:
-            if status := _exit_status(error):
-                leader.announce(_END, status)
-                self.parted = True
-            raise
-        leader.announce(_END, leader.exit_status)
-        self.parted = True
-
-    def follow(self, programs: Programs | None = None, change: Callable[[list[int]], Programs] | None = None) -> None:
-        """Makes the leader's calls until it ends, and exits with its status if that is not 0.
-
-        Args:
-          programs: those of a run.
-          change: makes those of a sweep's members, given which.
+        The block must not wait for the other processes. Where it raises a UserError in one process, every process
+        raises a SharedError; where there is one process only, its error is raised as it is.
         """
-        state = None
-        with signals.deferred([]) as received:
-            while True:
-                call, *numbers = self.exchange(0, 0, 0, *received[:1])[0, :3].tolist()
-                if call == _END:
-                    self.parted = True
-                    if status := numbers[0]:
-                        raise EndedElsewhere(status)
-                    return
-                if call == _CHANGE:
-                    state = None
-                    programs = change(self.broadcast(np.zeros(numbers[0], np.int32)).tolist())
-                elif call == _COMPILE:
-                    programs.compile_ahead(numbers[0])
-                elif call == _COMPILE_MEASURE:
-                    programs.compile_measure_ahead()
-                elif call == _CREATE:
-                    state = programs.create()
-                elif call == _PLACE:
-                    state = programs.place(self.broadcast(programs.template()))
-                elif call == _ADVANCE:
-                    state = programs.advance(state, *numbers)
-                elif call == _FRESH_METRICS:
-                    state = programs.fresh_metrics(state)
-                elif call == _MEASURE:
-                    programs.measure(state)
+        agreement, error = Agreement(), None
+        try:
+            yield agreement
+        except UserError as raised:
+            if self.count == 1:
+                raise
+            error = raised
+        agreement.heard = self._gather(agreement.said | {"error": error and [error.exit_status, str(error)]})
+        for index, heard in enumerate(agreement.heard):
+            if heard["error"]:
+                raise self._shared_error(index, *heard["error"]) from error
 
-    def exchange(self, *numbers: int) -> Int[np.ndarray, "processes 4"]:
-        """Up to four numbers of each process, the same in all of them, once all of them have called this."""
-        row = np.zeros(4, np.int32)
-        row[: len(numbers)] = numbers
-        if not self.many:
-            return row[np.newaxis]
-        from jax.experimental import multihost_utils
+    def _shared_error(self, index: int, exit_status: int, message: str) -> SharedError:
+        shared = SharedError(message if index == self.index else f"process {index}: {message}")
+        shared.exit_status = exit_status
+        return shared
 
-        return multihost_utils.process_allgather(row)
+    def require_same(self, **facts: Any) -> None:
+        """Refuses to go on where processes differ in a fact.
 
-    def broadcast(self, tree: PyTree) -> PyTree:
-        """The leader's arrays, for arrays of the same shapes and types."""
-        from jax.experimental import multihost_utils
+        Raises:
+          UsageError: in every process, with the fact's name and two of its values.
+        """
+        with self.together() as agreement:
+            agreement.say(facts=facts)
+        first = agreement.heard[0]["facts"]
+        for index, heard in enumerate(agreement.heard):
+            for name, value in heard["facts"].items():
+                if value != first[name]:
+                    raise UsageError(
+                        f"got {name} that differs between processes (process 0: {_shortened(first[name])}, process "
+                        f"{index}: {_shortened(value)}); expected the same in all. Give every process the same "
+                        f"command line but for config.distributed.process_id, the same data and the same packages."
+                    )
 
-        leaves, structure = jax.tree.flatten(tree)
-        sizes = [int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
-        # As bytes: they are sent as a sum with zeros, which would turn -0.0 into 0.0.
-        if self.follows:
-            content = np.zeros(sum(sizes), np.uint8)
-        else:
-            content = np.concatenate([np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
-        # Piece by piece: each lies whole on a device.
-        pieces = np.split(content, range(_PIECE_BYTES, content.size, _PIECE_BYTES))
-        content = np.concatenate([multihost_utils.broadcast_one_to_all(piece) for piece in pieces])
-        parts = np.split(content, np.cumsum(sizes)[:-1])
-        arrays = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-        return jax.tree.unflatten(structure, arrays)
+    def _gather(self, said: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.count == 1:
+            return [said]
+        self._round += 1
+        place = f"vmapbn_flax/{self._round}"
+        self._client.key_value_set(f"{place}/{self.index}", json.dumps(said))
+        if not self.first:
+            return json.loads(self._wait_for(f"{place}/all"))
+        everything = [json.loads(self._wait_for(f"{place}/{index}")) for index in range(self.count)]
+        self._client.key_value_set(f"{place}/all", json.dumps(everything))
+        self._client.key_value_delete(f"vmapbn_flax/{self._round - 1}/")  # all have read it, who wrote since
+        return everything
 
+    def _wait_for(self, key: str, seconds: float = float("inf")) -> str:
+        """The value of `key`, once it has one; signals are handled meanwhile."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self._client.blocking_key_value_get(key, 500)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > end:
+                    raise
 
-class Leader:
-    """Process 0 as the others see it.
+    def _look_for_failure(self) -> None:
+        """Ends this process when another one has posted its failure."""
+        while not self._left.wait(_LOOK_SECONDS):
+            if (failure := self._posted()) is not None and failure["index"] != self.index:
+                self._leave(failure, f"process {failure['index']}: {failure['message']}")
 
-    Attributes:
-      exit_status: which they are to have too.
-    """
+    def _posted(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._client.key_value_try_get(_FAILURE))
+        except jax.errors.JaxRuntimeError:  # there is none, or no process 0 either: who waits for that one finds out
+            return None
 
-    def __init__(self, group: Group, received: list[int]):
-        self._group, self._received = group, received
-        self.exit_status = 0
+    def fail(self, error: BaseException) -> NoReturn:
+        """Ends all processes because of an error in this one, or in a process that this one has lost."""
+        status, message = _described(error)
+        if status is None:  # a connection broke: the failure of the process behind it may be on its way
+            end = time.monotonic() + _SILENCE_SECONDS
+            while (failure := self._posted()) is None and time.monotonic() < end:
+                time.sleep(0.1)
+            if failure is None:
+                distributed.leave(message, 1)
+            self._leave(failure, f"process {failure['index']}: {failure['message']}")
+        failure = {"index": self.index, "status": status, "message": message}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
+            self._client.key_value_set(_FAILURE, json.dumps(failure))
+        self._leave(failure, message)
 
-    @property
-    def is_followed(self) -> bool:
-        """Whether there are other processes."""
-        return self._group.many
+    def _leave(self, failure: dict[str, Any], message: str) -> NoReturn:
+        """Ends this process; the one that failed, and process 0, which has the store, when the others know."""
+        self._left.set()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"{_FAILURE}_seen/{self.index}", "", True)
+            end = time.monotonic() + _NOTICE_SECONDS
+            for index in range(self.count) if self.first or failure["index"] == self.index else ():
+                self._wait_for(f"{_FAILURE}_seen/{index}", end - time.monotonic())
+        distributed.leave(message, failure["status"])
 
-    def announce(self, call: int, *numbers: int) -> None:
-        """Says which call comes next, one of those that `Group.follow` knows, and hears of signals."""
-        signums = self._group.exchange(call, *numbers)[1:, 3]
-        if signums.any() and not self._received:
-            self._received.append(int(signums.max()))
-
-    def change(self, members: Sequence[int]) -> None:
-        """Has the others make the programs of other members of a sweep."""
-        if self.is_followed:
-            self.announce(_CHANGE, len(members))
-            self.broadcast(np.array(members, np.int32))
-
-    def broadcast(self, tree: PyTree) -> PyTree:
-        """Hands arrays to the others, who wait for ones of these shapes and types, and returns them."""
-        return self._group.broadcast(tree)
-
-    def of_all(self, programs: Programs) -> Programs:
-        """`programs`, called in every process."""
-        return _Announced(self, programs) if self.is_followed else programs
-
-
-class _Announced:
-    """`Programs` as the loop of process 0 has them: each call on all devices is announced before it is made."""
-
-    def __init__(self, leader: Leader, programs: Programs):
-        self._leader, self._programs = leader, programs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._programs, name)
-
-    def compile_ahead(self, step: int) -> None:
-        self._leader.announce(_COMPILE, step)
-        self._programs.compile_ahead(step)
-
-    def compile_measure_ahead(self) -> None:
-        self._leader.announce(_COMPILE_MEASURE)
-        self._programs.compile_measure_ahead()
-
-    def create(self) -> TrainState:
-        self._leader.announce(_CREATE)
-        return self._programs.create()
-
-    def place(self, state: PyTree) -> PyTree:
-        self._leader.announce(_PLACE)
-        return self._programs.place(self._leader.broadcast(state))
-
-    def advance(self, state: TrainState, step: int, count: int) -> TrainState:
-        self._leader.announce(_ADVANCE, step, count)
-        return self._programs.advance(state, step, count)
-
-    def fresh_metrics(self, state: TrainState) -> TrainState:
-        self._leader.announce(_FRESH_METRICS)
-        return self._programs.fresh_metrics(state)
-
-    def measure(self, state: TrainState) -> list[dict[str, EvalMetrics]]:
-        self._leader.announce(_MEASURE)
-        return self._programs.measure(state)
+    def part(self) -> None:
+        """Says goodbye, where all processes come to an end together."""
+        jax.distributed.shutdown()  # which waits for the others
+        self._left.set()
 
 
 @contextlib.contextmanager
-def joined(config: ConfigDict) -> Iterator[Group]:
-    """Makes this process one of those that `config.distributed` speaks of.
+def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[Processes]:
+    """Makes this process one of those that `config.distributed`, whose fields these are, speaks of.
 
-    Where they do not come to an end together, since one died or failed on its own, the others exit as soon as they
-    find out, with a line that says so and status 1.
+    Where the block raises, but for an `Interrupted` that all agreed on, every process ends with that error's line and
+    status.
 
     Raises:
       RunError: the processes do not find one another.
-      UsageError: their configs differ.
     """
-    joining = config.distributed.to_dict()
-    config = of_one_process(config)
-    if not joining["coordinator"]:
-        yield Group(config)
+    if not coordinator:
+        yield Processes()
         return
-    distributed.initialize(**joining)
-    group = Group(config)
+    distributed.initialize(coordinator, num_processes, process_id)
+    processes = Processes()
     try:
-        group.require_same_config()
-        yield group
-    except BaseException as error:
-        if not group.parted:
-            distributed.leave(error, _exit_status(error) or 1)
+        yield processes
+    except Interrupted:
+        processes.part()
         raise
-    finally:
-        jax.distributed.shutdown()  # which waits for the others: only now that all of them are on their way
+    except BaseException as error:
+        processes.fail(error)
+    processes.part()
 
 
-def _exit_status(error: BaseException) -> int | None:
-    """Of an error that ends one process in good order, and so can end the others."""
+def _described(error: BaseException) -> tuple[int | None, str]:
+    """The exit status and the line of an error; no status where a connection to another process broke."""
     if isinstance(error, KeyboardInterrupt):
-        return 128 + (error.args or (signal.SIGINT,))[0]
+        signum = (error.args or (signal.SIGINT,))[0]
+        return 128 + signum, "stopped; the same command in every process starts again"
+    if isinstance(error, UserError):
+        return error.exit_status, str(error)
     if isinstance(error, OSError):
-        return 1
-    return error.exit_status if isinstance(error, UserError | Interrupted) else None
+        where = error.filename or "the operating system"
+        return 1, f"{where}: got {error.strerror or error}; expected to read or write there"
+    # What XLA raises where a connection breaks depends on the device.
+    if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+        return None, f"{distributed.LOST} ({distributed.first_line(error)})"
+    return 1, "".join(traceback.format_exception(error))
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 100 else f"{text[:97]}..."

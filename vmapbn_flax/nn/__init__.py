@@ -1,7 +1,6 @@
-"""The layer and the networks: modules of Flax Linen, which need nothing of the rest of this package.
+"""The layer and the networks, as modules of Flax Linen: `batch_norm`, `vmap_batch`, `mlp`, `convert`.
 
-`batch_norm` has the layer, `vmap_batch` the lift over a batch, `mlp` the network and its batched twin, `convert` the
-ways to and from PyTorch and Equinox.
+Uses jax, flax and numpy, and no other room of this package.
 """
 
 from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm

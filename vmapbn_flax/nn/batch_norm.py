@@ -1,17 +1,16 @@
 """Batch normalisation for networks that are written for one example.
 
 Batch norm (Ioffe & Szegedy, 2015) needs the batch; a function under `jax.vmap` sees one example. A
-named axis joins the two: `lax.psum(x, "batch")` inside a function mapped with
-`axis_name="batch"` sums over all the examples, and what it returns is the same for every one of
-them. `BatchNorm` is written that way. `BatchedBatchNorm` is the same layer on a whole batch, the
-textbook way, with the same variables.
+named axis joins the two: inside a function mapped with `axis_name="batch"`, `lax.psum(x, "batch")`
+sums over all examples and returns the same sum to each of them. `BatchNorm` is written that way.
+`BatchedBatchNorm` is the textbook layer on a whole batch, with the same variables.
 
 The statistics are those of Chan, Golub & LeVeque (1983), eq. 1.7: two passes and a correction term,
 
     d = x - mean(x);  c = mean(d);  var = mean(d * d) - c * c;  y = (d - c) / sqrt(var + epsilon)
 
-`c` is the rounding error of the first mean, so the result stays exact however far the data lies
-from zero, where the one-pass E[x^2] - E[x]^2 loses every digit.
+`c` is the rounding error of the first mean. With this correction the result stays exact however far the
+data lies from zero; the one-pass formula E[x^2] - E[x]^2 loses every digit there.
 """
 
 import math
@@ -29,12 +28,12 @@ Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
 
 
 class Moments(NamedTuple):
-    """Batch statistics, with the input as it is after the mean was taken off."""
+    """Batch statistics, and the input minus its mean."""
 
     centred: Float[Array, "*positions features"]
     mean: Float[Array, " features"]
     var: Float[Array, " features"]  # biased: divided by `count`
-    count: Float[Array, ""] | int  # values behind each mean: examples x positions, or sum of weights
+    weight: Float[Array, ""] | int  # behind each mean: examples x positions, or the sum of the weights
 
 
 def batch_moments(
@@ -45,8 +44,8 @@ def batch_moments(
 ) -> Moments:
     """Mean and variance of each feature over all positions of `x` and over the axes `axis_name`.
 
-    Two reductions across `axis_name`, or one with `use_fast_variance`. `weights=None` counts every
-    position once; values of weight zero are never looked at.
+    Takes two reductions across `axis_name`, or one with `use_fast_variance`. `weights=None` gives every
+    position the weight one. Values of weight zero are ignored, NaN included.
     """
     positions = tuple(range(x.ndim - 1))
 
@@ -54,11 +53,11 @@ def batch_moments(
         return lax.psum([jnp.sum(term, positions) for term in terms], axis_name)
 
     if weights is None:
-        present, weights = True, 1.0
+        present, weight = None, 1.0
         count = divisor = math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name))
         first = total(x, x * x) if use_fast_variance else total(x)
     else:
-        present = weights > 0
+        present, weight = weights > 0, weights
         x = jnp.where(present, x, 0)
         weighted = weights * x
         *first, count = total(weighted, *([weighted * x] if use_fast_variance else []), weights)
@@ -69,51 +68,52 @@ def batch_moments(
     if use_fast_variance:
         var = first[1] / divisor - mean * mean
     else:
-        # Neither y nor var changes when every x is shifted alike, so the first mean is a constant to
-        # differentiation (of any order), and the backward pass is one reduction shorter.
-        # A compiler may fuse mean = sum * (1 / n) with x - mean in one use of d and not in another, and so
-        # centre them by different roundings of the mean; it cannot fuse through a rounding to one bit less.
+        # Neither y nor var changes when every x is shifted by the same amount. So differentiation, of any order,
+        # may treat the first mean as a constant, which saves a reduction in the backward pass.
+        # A compiler may fuse mean = sum * (1 / n) with x - mean in one use of d and not in another, which would
+        # centre the two uses by different roundings of the mean. It cannot fuse through a rounding to one bit less.
         precision = jnp.finfo(x.dtype)
         mean = lax.reduce_precision(lax.stop_gradient(mean), precision.nexp, precision.nmant - 1)
-    d = jnp.where(present, x - mean, 0) if present is not True else x - mean
+    d = x - mean if present is None else jnp.where(present, x - mean, 0)
     if not use_fast_variance:
-        c, var = (sum_ / divisor for sum_ in total(weights * d, weights * d * d))
+        c, var = (sum_ / divisor for sum_ in total(weight * d, weight * d * d))
         mean, d, var = mean + c, d - c, var - c * c
     return Moments(d, mean, jnp.where(var < 0, 0, var), count)
 
 
 class BatchNorm(nn.Module):
-    """Batch norm for one example, over the batch that the named axis `axis_name` stands for.
+    """Batch norm for one example; the named axis `axis_name` reaches the rest of the batch.
 
     `x` is one example, `(*spatial, features)`. In training, statistics run over its spatial axes and
-    over every axis in `axis_name`, so the layer must be called where those axes are mapped; evaluation
-    needs no axis:
+    over every axis in `axis_name`, so the layer must be called where those axes are mapped. Evaluation
+    needs no axis.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from vmapbn_flax import BatchNorm
-    >>> layer, image = BatchNorm(axis_name="batch"), jnp.ones((28, 28, 3))
-    >>> variables = layer.init(jax.random.key(0), image, train=False)
-    >>> jax.tree.map(jnp.shape, variables)
-    {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
-    >>> images = jnp.ones((8, 28, 28, 3))
-    >>> def forward(variables, image):
-    ...     return layer.apply(variables, image, train=True, mutable=["batch_stats"])
-    >>> mapped = jax.vmap(forward, in_axes=(None, 0), out_axes=(0, None), axis_name="batch")
-    >>> y, updates = mapped(variables, images)
-    >>> y.shape, updates["batch_stats"]["mean"].shape
-    ((8, 28, 28, 3), (3,))
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from vmapbn_flax import BatchNorm
+      >>> layer, image = BatchNorm(axis_name="batch"), jnp.ones((28, 28, 3))
+      >>> variables = layer.init(jax.random.key(0), image, train=False)
+      >>> jax.tree.map(jnp.shape, variables)
+      {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
+      >>> images = jnp.ones((8, 28, 28, 3))
+      >>> def forward(variables, image):
+      ...     return layer.apply(variables, image, train=True, mutable=["batch_stats"])
+      >>> mapped = jax.vmap(forward, in_axes=(None, 0), out_axes=(0, None), axis_name="batch")
+      >>> y, updates = mapped(variables, images)
+      >>> y.shape, updates["batch_stats"]["mean"].shape
+      ((8, 28, 28, 3), (3,))
 
-    `VmapBatch` does this for a whole Flax network. Statistics are computed in at least float32 from
-    the biased variance, and a training step moves the running ones by
+    `VmapBatch` does this for a whole Flax network. Statistics are computed in at least float32, and the
+    variance is biased. A training step moves the running statistics by
 
         running = momentum * running + (1 - momentum) * batch
 
-    (`flax.linen.BatchNorm`; PyTorch's `momentum` is 1 minus this one). `momentum=None` keeps the
-    cumulative average over all steps instead, and a `count` of them beside `mean` and `var`.
+    as in `flax.linen.BatchNorm` (PyTorch's `momentum` is 1 minus this one). `momentum=None` keeps the
+    average over all steps instead, and stores their `count` beside `mean` and `var`.
 
     Ghost batches (Hoffer, Hubara & Soudry, 2017): name the axis within a group in `axis_name` and the
-    axis of groups in `replica_axis_name`. Each group is normalised with its own statistics, and the
-    running ones follow the average of the groups that hold examples.
+    axis of groups in `replica_axis_name`. Each group is normalised by its own statistics. The running
+    statistics follow the average over the groups that hold examples.
 
     Attributes:
       axis_name: the axis or axes to normalise over.
@@ -121,13 +121,15 @@ class BatchNorm(nn.Module):
         averaged over them.
       momentum: decay of the running statistics, in [0, 1), or None. May be a traced scalar.
       epsilon: added to the variance. May be a traced scalar.
-      dtype: of the result; by default what `x`, scale and bias promote to.
-      param_dtype: of scale and bias; running statistics are kept in this, or float32 if it is narrower.
-      use_bias, use_scale: whether the result is shifted, scaled by learned parameters.
-      bias_init, scale_init: their initializers.
-      use_fast_variance: E[x^2] - E[x]^2, in one reduction; loses all digits when the mean is large.
-      unbiased_running_var: accumulate the running variance times n / (n - 1), as PyTorch does, n being
-        the number of values (the sum of the weights) behind it. Normalisation is biased all the same.
+      dtype: of the result; by default the type that `x`, scale and bias promote to.
+      param_dtype: of scale and bias. Running statistics have this type, or float32 if it is narrower.
+      use_bias: whether a learned parameter shifts the result.
+      use_scale: whether a learned parameter scales the result.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      use_fast_variance: compute E[x^2] - E[x]^2, in one reduction; loses all digits when the mean is large.
+      unbiased_running_var: accumulate the running variance times n / (n - 1), as PyTorch does, where n is
+        the number of values, or the sum of their weights. Normalisation still uses the biased variance.
     """
 
     axis_name: AxisName = "batch"
@@ -151,11 +153,11 @@ class BatchNorm(nn.Module):
 
         Args:
           x: one example, `(*spatial, features)`.
-          train: normalise by the batch and move the running statistics (`batch_stats` must be
-            mutable), or normalise by the running statistics and leave them.
-          mask: which values count in training, a scalar for the whole example or one entry per
-            position, `(*spatial,)`: booleans or non-negative weights. Values of weight zero may be
-            anything, NaN included, and come out finite. With nothing left in the batch, the running
+          train: if true, normalise by the statistics of the batch and move the running statistics
+            (`batch_stats` must be mutable); if false, normalise by the running statistics.
+          mask: booleans or non-negative weights that say which values count in training: a scalar for the
+            whole example, or `(*spatial,)`, one entry per position. Values of weight zero may be anything,
+            NaN included, and their results are finite. If all weights of the batch are zero, the running
             statistics stay as they are.
 
         Returns:
@@ -178,7 +180,7 @@ class BatchNorm(nn.Module):
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        # Initialising needs shapes only: no axis, and the statistics must come out as they start.
+        # Initialisation needs only shapes: no axis is mapped, and the statistics must keep their initial values.
         if train and not self.is_initializing():
             moments = self._moments(x, mask)
             self._update(running, moments)
@@ -219,8 +221,7 @@ class BatchNorm(nn.Module):
 
     def _update(self, running: dict[str, nn.Variable], moments: Moments) -> None:
         """Moves the running statistics towards those of the batch, averaged over the replica axes."""
-        count = moments.count
-        var = moments.var
+        count, var = moments.weight, moments.var
         if self.unbiased_running_var:
             var = var * jnp.where(count > 1, count / jnp.maximum(count - 1, 1e-6), 1)
         replicas = as_axes(self.replica_axis_name)

@@ -1,8 +1,8 @@
-"""Variables of `MLP` to and from PyTorch and Equinox, number for number.
+"""Conversion of the variables of `MLP` to and from PyTorch and Equinox, number for number.
 
-flax.linen needs no conversion: `{"params": ..., "batch_stats": ...}` of our layers is the tree of
-`flax.linen.BatchNorm`. The other two are written for any network that registers its linear layers, and
-its batch norms, in the order they are applied, under whatever names:
+flax.linen needs no conversion: our `{"params": ..., "batch_stats": ...}` has the tree of
+`flax.linen.BatchNorm`. The PyTorch or Equinox network may use any names, as long as it registers its linear
+layers and its batch norms in the order in which it applies them:
 
     variables = from_torch(network.state_dict())
     network.load_state_dict(to_torch(variables, network.state_dict()))
@@ -10,8 +10,8 @@ its batch norms, in the order they are applied, under whatever names:
     variables = from_equinox(model, state)
     model, state = to_equinox(variables, model, state)
 
-Activations, epsilon and momentum are code on every side and do not travel. PyTorch's `momentum` is 1
-minus ours, and its running variance that of `unbiased_running_var=True`.
+Activations, epsilon and momentum are not variables and are not converted. PyTorch's `momentum` is 1 minus
+ours. Its running variance is that of `unbiased_running_var=True`.
 """
 
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ def from_torch(state_dict: Mapping[str, Any], *, cumulative: bool = False) -> di
 
     Args:
       state_dict: tensors by name, on any device; copied.
-      cumulative: the layers average cumulatively (`momentum=None`, there and here), so that
-        `num_batches_tracked` belongs to the statistics, as `count`. Otherwise it is left out.
+      cumulative: whether the layers average over all steps (`momentum=None`, in PyTorch and here). Then
+        `num_batches_tracked` becomes the statistic `count`. Otherwise it is left out.
 
     Returns:
       `{"params": ..., "batch_stats": ...}`; without `batch_stats` if the network has no batch norm.
@@ -58,12 +58,12 @@ def from_torch(state_dict: Mapping[str, Any], *, cumulative: bool = False) -> di
 
 
 def to_torch(variables: Variables, like: Mapping[str, Any]) -> dict[str, Any]:
-    """`from_torch` backwards: the state dict `like` with the numbers of `variables`.
+    """The inverse of `from_torch`: the state dict `like` with the numbers of `variables`.
 
     Args:
       variables: of `MLP`.
-      like: `network.state_dict()` of the network they go to, which is not changed. Gives the names, dtypes
-        and devices, and `num_batches_tracked` unless the statistics have a `count`.
+      like: `network.state_dict()` of the target network; not changed. It gives the names, dtypes and
+        devices, and `num_batches_tracked` unless the statistics have a `count`.
 
     Returns:
       A new state dict, for `network.load_state_dict`.
@@ -88,9 +88,9 @@ def to_torch(variables: Variables, like: Mapping[str, Any]) -> dict[str, Any]:
 def from_equinox(model: Any, state: Any) -> dict[str, Any]:
     """Variables of `MLP` from an Equinox network of `Linear` and `BatchNorm` layers and its `State`.
 
-    A trained network evaluates the same on both sides, whatever the `mode` of its batch norms: the running
-    statistics are those that Equinox would normalise by. It trains the same on both sides under
-    `mode="batch"`; `mode="ema"` normalises a training batch by running statistics.
+    A trained network evaluates the same in both libraries, whatever the `mode` of its batch norms: the result
+    holds the running statistics that Equinox would normalise by. With `mode="batch"` it also trains the same;
+    `mode="ema"` normalises a training batch by running statistics.
 
     Returns:
       `{"params": ..., "batch_stats": ...}`; without `batch_stats` if the network has no batch norm.
@@ -111,14 +111,15 @@ def from_equinox(model: Any, state: Any) -> dict[str, Any]:
 
 
 def to_equinox(variables: Variables, model: Any, state: Any) -> tuple[Any, Any]:
-    """`from_equinox` backwards: the Equinox `model` and `state` with the numbers of `variables`.
+    """The inverse of `from_equinox`: the Equinox `model` and `state` with the numbers of `variables`.
 
     In `mode="batch"` Equinox divides its running statistics by 1 - momentum**steps before it uses them.
-    Ours need no such correction, so its step counters are set so high that it makes none.
+    Our statistics need no such correction, so the step counters are set so high that the divisor is 1.
 
     Args:
       variables: of `MLP`.
-      model, state: of the network they go to, from `equinox.nn.make_with_state`. Not changed.
+      model: the target network, from `equinox.nn.make_with_state`; not changed.
+      state: of that network, from the same call; not changed.
 
     Returns:
       A new model and a new state.
@@ -153,7 +154,7 @@ def to_equinox(variables: Variables, model: Any, state: Any) -> tuple[Any, Any]:
 
 
 def _join(dense: list[Layer], norm: list[Layer]) -> dict[str, Any]:
-    """The tree of `MLP` from its layers in order."""
+    """The variables of `MLP` from its layers in order."""
     if not dense or len(norm) not in (0, len(dense) - 1):
         raise ValueError(
             f"got {len(dense)} linear layers and {len(norm)} batch norms; expected an MLP: a batch norm "
@@ -172,7 +173,7 @@ def _join(dense: list[Layer], norm: list[Layer]) -> dict[str, Any]:
         if i < len(norm):
             if norm[i]["mean"].shape != (width,):
                 raise ValueError(f"got statistics of shape {norm[i]['mean'].shape} for norm_{i}; expected ({width},).")
-            affine = {entry: norm[i][entry] for entry in ("scale", "bias") if entry in norm[i]}
+            affine: Layer = {entry: norm[i][entry] for entry in ("scale", "bias") if entry in norm[i]}
             statistics[f"norm_{i}"] = {entry: norm[i][entry] for entry in norm[i] if entry not in affine}
             if affine:
                 params[f"norm_{i}"] = affine
@@ -180,7 +181,7 @@ def _join(dense: list[Layer], norm: list[Layer]) -> dict[str, Any]:
 
 
 def _split(variables: Variables) -> tuple[list[Layer], list[Layer]]:
-    """`_join` backwards."""
+    """The inverse of `_join`."""
     params, statistics = variables["params"], variables.get("batch_stats", {})
     hidden = sum(name.startswith("dense_") for name in params)
     dense = [params[f"dense_{i}"] for i in range(hidden)] + [params["logits"]]
@@ -203,12 +204,13 @@ def _require_fit(variables: Variables, expected: Variables) -> None:
 
 
 def _torch_layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Each layer's entries in the state dict and our names for them, by prefix."""
-    layers: dict[str, dict[str, str]] = {}
+    """Our name of each entry in the state dict, by the prefix of its layer."""
+    tensors: dict[str, dict[str, Any]] = {}
     for key, tensor in state_dict.items():
         prefix, dot, entry = key.rpartition(".")
-        layers.setdefault(prefix + dot, {})[entry] = tensor
-    for prefix, entries in layers.items():
+        tensors.setdefault(prefix + dot, {})[entry] = tensor
+    layers = {}
+    for prefix, entries in tensors.items():
         linear = entries.keys() == _TORCH_LINEAR.keys() and entries["weight"].ndim == 2
         if not linear and entries.keys() not in (_TORCH_NORM.keys(), _TORCH_STATISTICS.keys()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The multilayer perceptron, for one example and for a batch, with the same variables."""
+"""The multilayer perceptron for one example, and its batched twin with the same variables."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,20 +12,21 @@ from vmapbn_flax.nn.vmap_batch import zero_masked
 class MLP(nn.Module):
     """A multilayer perceptron for one example: dense, norm, sigmoid, ..., dense.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from vmapbn_flax import MLP, VmapBatch
-    >>> model = MLP(hidden=(100, 100, 100), num_classes=10)
-    >>> variables = model.init(jax.random.key(0), jnp.ones(784), train=False)
-    >>> model.apply(variables, jnp.ones(784), train=False).shape
-    (10,)
-    >>> VmapBatch(model).apply(variables, jnp.ones((128, 784)), train=False).shape
-    (128, 10)
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from vmapbn_flax import MLP, VmapBatch
+      >>> model = MLP(hidden=(100, 100, 100), num_classes=10)
+      >>> variables = model.init(jax.random.key(0), jnp.ones(784), train=False)
+      >>> model.apply(variables, jnp.ones(784), train=False).shape
+      (10,)
+      >>> VmapBatch(model).apply(variables, jnp.ones((128, 784)), train=False).shape
+      (128, 10)
 
     Attributes:
       hidden: widths of the hidden layers.
       num_classes: width of the output.
-      norm: makes the layer between each hidden product and its sigmoid from a `name`: `BatchNorm`, or a
-        `functools.partial` of it; None for the plain network.
+      norm: called with a `name`, makes the layer between each hidden dense layer and its sigmoid:
+        `BatchNorm`, or a `functools.partial` of it. None leaves the layer out.
     """
 
     hidden: Sequence[int]
@@ -36,7 +37,7 @@ class MLP(nn.Module):
     def __call__(
         self, x: Float[Array, " features"], *, train: bool, mask: Mask | None = None
     ) -> Float[Array, " classes"]:
-        """Logits of one example; `train` and the scalar `mask` are `BatchNorm`'s.
+        """Logits of one example; `train` and the scalar `mask` go to each `BatchNorm`.
 
         Raises:
           ValueError: `x` is not one example.
@@ -58,7 +59,7 @@ class MLP(nn.Module):
 
 
 class BatchedMLP(MLP):
-    """The same network, with the same variables, written the textbook way for a whole batch."""
+    """`MLP` written the textbook way, for a whole batch; it has the same variables."""
 
     norm: Callable[..., nn.Module] | None = BatchedBatchNorm
 
@@ -66,7 +67,7 @@ class BatchedMLP(MLP):
     def __call__(
         self, x: Float[Array, "batch features"], *, train: bool, mask: Mask | None = None
     ) -> Float[Array, "batch classes"]:
-        """Logits of each example; `mask` is `(batch,)`, and examples of weight zero may be NaN.
+        """Logits of each example; `mask` is `(batch,)`. Examples of weight zero may be NaN.
 
         Raises:
           ValueError: `x` is not a batch.

@@ -16,14 +16,18 @@ _SHARED = ("params", "batch_stats")
 class VmapBatch(nn.Module):
     """A one-example module over one or several leading batch axes, with the module's own variables.
 
-    `flax.linen.vmap` with the axis named and everything said that batch norm needs said: `params` and
-    `batch_stats` exist once, not once per example (`variable_axes` None, the `out_axes=None` of
-    `jax.vmap`), random streams but `params` differ between examples, and other collections gain the
-    batch axes. The variables are those of `module`, without a level of their own; inside a larger network
-    it is `module` that takes the `name`.
+    This is `flax.linen.vmap` with the settings that batch norm needs:
+
+    - The mapped axis has a name.
+    - `params` and `batch_stats` exist once, not once per example (`variable_axes` None, like `out_axes=None`
+      of `jax.vmap`). Other collections gain the batch axes.
+    - Every random stream but `params` differs between examples.
+
+    The variables are those of `module`, without an additional level. Inside a larger network, `module` takes
+    the `name`.
 
     Attributes:
-      module: takes `(x, *, train, mask)` for one example `x`.
+      module: called as `module(x, train=train, mask=mask)` on one example `x`.
       axis_name: name of the leading axis, or a tuple of names, outermost first.
     """
 
@@ -36,10 +40,10 @@ class VmapBatch(nn.Module):
 
         Args:
           x: `(*batch, *example)`, with one leading axis per name in `axis_name`.
-          train: passed on.
-          mask: `(*batch,)` or `(*batch, *spatial)`, booleans or non-negative weights, split along the
-            batch axes and passed on. Values of weight zero are replaced by zeros first, so that whatever
-            they hold, NaN included, cannot reach a gradient.
+          train: passed to the module.
+          mask: `(*batch,)` or `(*batch, *spatial)`, booleans or non-negative weights; the module gets the
+            part of each example. Values of weight zero are replaced by zeros before the module sees them,
+            so that no NaN in them can reach a gradient.
 
         Raises:
           ValueError: `mask` does not fit `x`; or a `BatchNorm` inside names a batch axis neither in its
@@ -81,9 +85,9 @@ def zero_masked(x: Array, mask: Array | None) -> Array:
 
 
 def _require_axes(names: tuple[str, ...]) -> Callable:
-    """Refuses a `BatchNorm` in training that leaves out one of the mapped axes `names`.
+    """Refuses a `BatchNorm` that, in training, names only some of the mapped axes `names`.
 
-    Its statistics would differ along that axis, where the collection holds them once.
+    Its statistics would differ along the axis left out, but the collection holds one set of them.
     """
 
     def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:

@@ -1,12 +1,10 @@
-"""Checkpoints: orbax saves and restores them, a digest tells whether what came back is what was saved."""
+"""Checkpoints: orbax saves and restores them, sums of their files tell whether they are what was saved."""
 
 import contextlib
-import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,108 +13,91 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vmapbn_flax.runs.console import say
-from vmapbn_flax.runs.digest import Arrays, digest, require_whole, write_sums
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.runs.console import say
+from vmapbn_flax.runs.sums import require_whole, write_sums
 
 State = TypeVar("State")
+Arrays = dict[str, Any]
+Meta = dict[str, Any]
 
-_PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of what orbax is still writing, and of what is being deleted
-
-# Of many processes one saves and restores, since it has all that there is to save, without waiting for the others.
-_PROCESS_0 = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-
-# What orbax logs: dozens of lines a save, and, when one fails, tracebacks of what is raised as well: of its
-# own, of tasks that it leaves behind, and of event loops that it closes while its threads still call them.
-logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
-
-
-def _report_unraisable(unraisable: Any, report: Callable[[Any], None] = sys.unraisablehook) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        report(unraisable)
-
-
-sys.unraisablehook = _report_unraisable
+_DELETED = "deleted"  # where a checkpoint is moved before it is removed: whole or gone, whenever a kill arrives
 
 
 class Checkpoints:
-    """The checkpoints of one run, `<directory>/<step>/`: the latest two and the best.
+    """The checkpoints of one run, or of runs that train together, `<directory>/<step>/`: the latest two and the best.
 
-    Saving runs in the background: `close`, on every way out, waits for it. orbax's own manager is not
-    used: it cannot open a directory in which any step's metrics are damaged, and a kill while it deletes
-    a step leaves half of one behind.
+    Saving goes on in the background: `close`, on every way out, waits for it. Many processes save together, each what
+    it holds, into a directory that all of them see.
+
+    Args:
+      directory: of the checkpoints, made if need be.
+      alone: whether this process saves without the others, and all of it.
 
     Raises:
       RunError: a save failed, here or on a later call.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, alone: bool = False):
         self._directory = directory.absolute()
-        self._keep: set[int] | None = None
+        self._policy = _LatestTwoAndBest()
         self._saving = self._directory
-        self._checkpointer = ocp.AsyncCheckpointer(
-            _handler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sums),
-            multiprocessing_options=_PROCESS_0,
-        )
         with self._failures():
             self._directory.mkdir(parents=True, exist_ok=True)
-            for partial in self._directory.glob(f"*{_PARTIAL}*"):
-                shutil.rmtree(partial)
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    create=False,
+                    cleanup_tmp_directories=True,
+                    preservation_policy=self._policy,
+                    todelete_subdir=_DELETED,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
+                    multiprocessing_options=_this_process() if alone else ocp.options.MultiprocessingOptions(),
+                ),
+            )
 
-    def save(self, step: int, state: Any, config: dict, best_step: int | None = None, rows: int = 0) -> None:
+    def save(self, step: int, state: Any, meta: Meta, best_step: int | None = None) -> None:
         """Saves `state` under `step` unless it is there.
 
         Args:
           step: of `state`.
-          state: a tree of arrays.
-          config: of the run, as JSON has it.
+          state: a tree of arrays, of the host or, in many processes, of the devices, that nothing changes.
+          meta: what to save beside it, as JSON has it.
           best_step: its checkpoint is kept beside the latest two.
-          rows: how many rows `metrics.jsonl` has.
         """
-        saved = self.steps()
-        if step not in saved:
-            arrays = _to_arrays(state)
-            meta = {"step": step, "config": config, "rows": rows, "versions": versions()}
-            meta["digest"] = digest(arrays, meta)
-            self._saving = self._directory / str(step)
-            with self._failures():
-                self._checkpointer.save(
-                    self._saving,
-                    args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
-                )
-        self._keep = {*sorted({*saved, step})[-2:], best_step}
+        self.wait()
+        self._policy.best_step = best_step
+        if step in saved_steps(self._directory):
+            return
+        self._saving = self._directory / str(step)
+        meta = {"step": step, **meta, "versions": versions()}
+        items = {"state": ocp.args.StandardSave(_named(state)), "meta": ocp.args.JsonSave(meta)}
+        with self._failures():
+            self._manager.reload()  # a failed save is no longer in its list, nor one that was moved aside
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def _write_sums(self) -> None:
-        """What orbax calls when it has written all files, before it gives the directory its name."""
-        write_sums(_partial(self._saving))
+        """What orbax calls when all files are written, before it gives the directory its name."""
+        (partial,) = self._directory.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
+        write_sums(partial)
 
     def wait(self) -> None:
-        """Returns once what was saved is on the disk, and deletes what that makes superfluous."""
+        """Returns once what was saved is on the disk, and what that makes superfluous is not."""
         with self._failures():
-            self._checkpointer.wait_until_finished()
-            for step in saved_steps(self._directory):
-                if self._keep is not None and step not in self._keep:
-                    path = self._directory / str(step)
-                    shutil.rmtree(path.rename(_partial(path)))  # whole or gone, whenever a kill arrives
+            self._manager.wait_until_finished()
+            shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Waits, and lets go of the directory."""
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps that are saved, in ascending order."""
         self.wait()
         return saved_steps(self._directory)
-
-    def latest(self) -> Path | None:
-        """The newest checkpoint."""
-        steps = self.steps()
-        return self._directory / str(steps[-1]) if steps else None
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -124,7 +105,6 @@ class Checkpoints:
             yield
         # A full disk raises whatever the layer that trips over it raises.
         except Exception as error:
-            self._keep = None
             steps = saved_steps(self._directory)
             raise RunError(
                 f"{self._directory}: got a checkpoint that could not be saved ({_reason(error)}); expected room "
@@ -133,9 +113,21 @@ class Checkpoints:
             ) from error
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
-    options = ocp.CompositeOptions(multiprocessing_options=_PROCESS_0)
-    return ocp.CompositeCheckpointHandler(composite_options=options)
+class _LatestTwoAndBest:
+    """Which checkpoints orbax is to keep; the best is said when the next one is saved."""
+
+    best_step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        latest = [checkpoint.step for checkpoint in checkpoints][-2:]
+        return [checkpoint.step in {*latest, self.best_step} for checkpoint in checkpoints]
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
 
 
 def versions() -> dict[str, str]:
@@ -149,22 +141,22 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name))
 
 
-def restore(directory: Path, step: int, template: State) -> State:
-    """The state saved under `step`, in the structure of `template`.
+def restore(directory: Path, step: int, template: State) -> tuple[State, Meta]:
+    """The state saved under `step`, in the structure of `template`, and what was saved beside it.
 
     Raises:
       RunError: there is none, it is damaged, or it is of another model.
     """
     path = directory / str(step)
     try:
-        arrays, _ = _read(path)
+        arrays, meta = _read(path)
     except DamagedError as error:
         raise RunError(f"{error} Choose another --step; training on falls back to the newest good one.") from None
-    return _from_arrays(arrays, template, path)
+    return _from_arrays(arrays, template, path), meta
 
 
-def restore_latest(directory: Path, template: State) -> tuple[State, dict[str, Any]] | None:
-    """The newest good state, in the structure of `template`, and what was saved with it.
+def restore_latest(directory: Path, template: State) -> tuple[State, Meta] | None:
+    """The newest good state, in the structure of `template`, and what was saved beside it.
 
     None where there is no checkpoint at all. Every one is read, and the damaged are kept aside, under
     `<directory>/damaged/`, with a warning for each.
@@ -197,26 +189,28 @@ class DamagedError(Exception):
     """A checkpoint that is not what was saved."""
 
 
-def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
+def _read(path: Path) -> tuple[Arrays, Meta]:
     try:
         require_whole(path)
-        saved = ocp.Checkpointer(_handler(), multiprocessing_options=_PROCESS_0).restore(
-            path.absolute(),
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=_this_process())
         )
-        arrays, meta = {name: np.asarray(array) for name, array in saved["state"].items()}, saved["meta"]
-        if meta["digest"] != digest(arrays, meta):
-            raise ValueError("its digest is not that of what was saved")
+        with ocp.Checkpointer(handler, multiprocessing_options=_this_process()) as checkpointer:
+            # As arrays of the host, whatever devices they were saved from.
+            saved_as = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state")
+            wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
+            items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
+            saved = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+        meta = saved["meta"]
         if str(meta["step"]) != path.name:
             raise ValueError(f"it was saved as step {meta['step']}")
     # Damage raises whatever the layer that trips over it raises, `Exception` itself included.
     except Exception as error:
         raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
-    return arrays, meta
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + _PARTIAL)
+    count = len(meta.get("runs", ()))
+    if count > 1:  # of many processes, whose devices it did not divide over, there are rows of padding
+        return {name: array[:count] for name, array in saved["state"].items()}, meta
+    return saved["state"], meta
 
 
 def _reason(error: Exception) -> str:
@@ -235,9 +229,11 @@ def _names(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def _to_arrays(state: Any) -> Arrays:
-    # Copies: on the CPU `np.asarray` is a view of a buffer that the next step will write to.
-    return {name: np.array(leaf) for name, leaf in _names(state)}
+def _named(state: Any) -> Arrays:
+    def as_saved(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable else np.asarray(leaf)
+
+    return {name: as_saved(leaf) for name, leaf in _names(state)}
 
 
 def _from_arrays(arrays: Arrays, template: State, path: Path) -> State:

@@ -16,8 +16,9 @@ def say(message: str) -> None:
 class Progress(contextlib.AbstractContextManager):
     """A bar of steps on a terminal; elsewhere a line for each evaluation."""
 
-    def __init__(self, step: int, total_steps: int):
-        self._interactive = sys.stderr.isatty()
+    def __init__(self, step: int, total_steps: int, *, shown: bool = True):
+        self._shown = shown
+        self._interactive = shown and sys.stderr.isatty()
         # `initial` leaves the steps before a resume out of the rate, and so out of the ETA.
         self._bar = tqdm(
             initial=step, total=total_steps, unit="step", disable=not self._interactive, dynamic_ncols=True
@@ -36,7 +37,7 @@ class Progress(contextlib.AbstractContextManager):
         shown = {name: f"{value:.4f}" for name, value in figures.items() if not name.endswith("count")}
         if self._interactive:
             self._bar.set_postfix(shown)
-        else:
+        elif self._shown:
             say(f"step {step} of {self._total_steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
 

@@ -1,76 +1,114 @@
-"""The training loop: steps, and between them rows, evaluations, checkpoints and a look for signals."""
+"""The training loop: steps, and between them rows, evaluations, checkpoints and a look for signals.
+
+One run, or several that train together in one program; in one process, or in many that all run this.
+"""
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
+from ml_collections import ConfigDict
 
-from vmapbn_flax.data import Dataset
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import write_json
-from vmapbn_flax.runs import console
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore_latest
+from vmapbn_flax.files import make_directory
+from vmapbn_flax.multihost.processes import Processes
+from vmapbn_flax.runs.checkpoints import Checkpoints, Meta, restore, restore_latest
+from vmapbn_flax.runs.console import Progress
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.timing import Timing
-from vmapbn_flax.training import mesh
+from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.programs import Programs, figures
-from vmapbn_flax.training.state import steps_in
+from vmapbn_flax.training.state import TrainState
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
 
 
-class Run:
-    """One run, from its newest checkpoint to its end; `sweep.GroupRun` is many in one program.
+class Loop:
+    """The runs of one program, from their newest checkpoint to their end.
+
+    Args:
+      records: of the runs, in the order that `programs` has them.
+      directory: of the checkpoints of all of them together.
+      train: what their configs say of training, which is the same for all.
+      started: `time.monotonic()` when the work on them began.
+
+    Attributes:
+      step: that the runs are at.
+      state: theirs, on the devices.
+      timing: where the seconds go.
 
     Raises:
-      RunError: the checkpoints in `directory` are damaged or of another run.
+      RunError: the checkpoints in `directory` are damaged or of other runs.
     """
 
-    def __init__(self, records: Sequence[Record], directory: Path, programs: Programs, started: float):
-        self._records, self._directory, self._programs = records, directory, programs
-        self._config = records[0].config  # what is read from it is the same for all
-        self._timing = Timing(programs.compiler, started)
-        self._eval_steps = max(1, steps_in(self._config.train.eval_every, programs.steps_per_epoch))
-
-        restored = restore_latest(directory / "checkpoints", programs.template())
-        self.step = 0 if restored is None else restored[1]["step"]
-        if restored is not None:
-            self._require_fit(restored[1])
-            if self.step > programs.total_steps:
-                raise RunError(
-                    f"{directory}: got a checkpoint of step {self.step}, expected at most the {programs.total_steps} "
-                    f"of this run: its data set has shrunk. Use the data.dir it was made with, or another --workdir."
-                )
+    def __init__(
+        self,
+        records: Sequence[Record],
+        directory: Path,
+        programs: Programs,
+        train: ConfigDict,
+        processes: Processes,
+        started: float,
+    ):
+        self._records, self._directory, self._programs, self._train = records, directory, programs, train
+        self._processes = processes
+        self.timing = Timing(programs.compiler, started)
+        self._eval_steps = max(1, steps_in(train.eval_every, programs.steps_per_epoch))
+        self._pending: list[Callable[[], None]] = []  # rows to write and checks to make when the processes next agree
+        restored = self._restore()
+        self.step = self.first_step = restored[1]["step"] if restored else 0
         programs.compile_ahead(self.step)
-        self._state = programs.create() if restored is None else programs.place(restored[0])
-        self._first_step = self.step
-        self._checkpoints = Checkpoints(directory / "checkpoints")
-        for record in self._active():
-            record.open(self.step)
+        self.state: TrainState = programs.place(restored[0]) if restored else programs.create()
+        with processes.together(), contextlib.ExitStack() as opened:
+            for record in self.active:
+                record.open(self.step)
+                opened.callback(record.close)
+            if processes.first:  # not by orbax, in which the others would wait for one that fails
+                make_directory(directory)
+            opened.pop_all()
+        self._checkpoints = Checkpoints(directory)
 
-    def _active(self) -> list[Record]:
-        return [record for record in self._records if not record.stopped]
+    @property
+    def active(self) -> list[Record]:
+        """The records of the runs that have not diverged."""
+        return [record for record in self._records if not record.diverged]
 
-    def say_start(self, dataset: Dataset, changes: Sequence[str] | None) -> None:
-        """Says what starts, and makes the config that of the workdir: `changes` to the one there, if any."""
-        for change in changes or []:
-            console.say(f"resuming with {change}")
-        if changes != []:
-            (self._directory / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished
-            write_json(self._directory / "config.json", self._config.to_dict())
-        count = parameter_overview.count_parameters(self._state.params)
-        where = f"resuming at step {self.step}" if self.step else "starting"
-        console.say(
-            f"{self._directory}: {where} of {self._programs.total_steps} steps, {count:,} parameters, "
-            f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples"
-            f"{', streamed' if dataset.streamed else ''}), on {self._programs.where()}"
-        )
+    def _restore(self) -> tuple[TrainState, Meta] | None:
+        """The newest whole checkpoint, read by each process."""
+        template, restored = self._programs.template(), None
+        with self._processes.together() as agreement:
+            if self._processes.first:
+                restored = restore_latest(self._directory, template)
+                agreement.say(step=restored and restored[1]["step"])
+        step = agreement.heard[0]["step"]
+        if step is None:
+            return None
+        with self._processes.together():
+            restored = restored or restore(self._directory, step, template)
+            self._require_fit(restored[1])
+        return restored
+
+    def _require_fit(self, meta: Meta) -> None:
+        if [run["name"] for run in meta["runs"]] != [record.name for record in self._records]:
+            raise RunError(
+                f"{self._directory}: got checkpoints of other members, expected {self._records[0].name} and those "
+                f"that the ledger groups it with. Remove {self._directory.parent}, and they start afresh."
+            )
+        for record, saved in zip(self._records, meta["runs"], strict=True):
+            if not record.diverged:
+                record.require_fit(saved, meta["step"])
+        if meta["step"] > self._programs.total_steps:
+            raise RunError(
+                f"{self._directory}: got a checkpoint of step {meta['step']}, expected at most the "
+                f"{self._programs.total_steps} of this run: its data set has shrunk. Use the data.dir it was made "
+                f"with, or another --workdir."
+            )
 
     def close(self) -> None:
         """Waits for the save in flight; every way out leads here."""
@@ -79,137 +117,156 @@ class Run:
                 stack.callback(record.close)
             stack.callback(self._checkpoints.close)
 
-    def to_end(self, received: Sequence[int], progress: console.Progress) -> None:
-        """Steps, rows, evaluations and checkpoints up to the last step, or until a signal is `received`.
+    def run(
+        self,
+        received: Sequence[int],
+        progress: Progress,
+        on_divergence: Callable[[list[tuple[Record, int]]], None],
+        on_save: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Steps, rows, evaluations and checkpoints up to the last step, or until every run has diverged.
+
+        Args:
+          received: signals, which may arrive at any time.
+          progress: is told of steps and evaluations.
+          on_divergence: is told of runs that have diverged, each with the step from which it stands still.
+          on_save: is told of steps that are being saved.
 
         Raises:
-          RunError: training diverged, or the first step left a running statistic where it was.
-          Interrupted: a signal arrived; the state is saved.
+          RunError: the first step left a running statistic where it was; or what `on_divergence` raises.
+          Interrupted: a signal arrived in one of the processes; the state is saved.
         """
-        total = self._programs.total_steps
-        self._timing.started_up()
+        self.timing.started_up()
         most_steps = 1  # at first, for a look at what a step does to the statistics
-        profile = self._config.train.profile  # of the few steps that come next, when the compiler is done
-        while self._active():
-            if self._evaluation_due():
-                progress.evaluated(self.step, self._evaluate_and_save())
-            if received:
-                self._save()
-                raise Interrupted(received[0], self.step)
-            if self.step == total:
+        profile = self._train.profile  # of the few steps that come next, when the compiler is done
+        while True:
+            due = self._evaluation_due()
+            results = self._evaluate() if due else []
+            signum, most_steps = self._agree(received, most_steps)
+            if due:
+                progress.evaluated(self.step, results)
+            if due or signum:
+                self.save()
+                on_save(self.step)
+            if signum:
+                raise Interrupted(signum, self.step)
+            if self.step == self._programs.total_steps or not self.active:
                 return
             count = min(most_steps, self._next_stop() - self.step)
-            traced = profile and self.step > self._first_step
-            with self._timing.profile(self._records[0].workdir / "profile") if traced else contextlib.nullcontext():
+            traced = profile and self.step > self.first_step
+            directory = self._records[0].workdir.profile
+            with self.timing.profile(directory) if traced else contextlib.nullcontext():
                 seconds = self._advance(count)
-            if self.step - count == self._first_step and not profile:
+            if diverged := self._find_diverged():
+                self._agree(received, most_steps)
+                on_divergence(diverged)
+            if self.step - count == self.first_step and not profile:
                 self._programs.compile_measure_ahead()
-                threading.Thread(target=_import_plot).start()
+                if self._processes.first:
+                    threading.Thread(target=import_pictures).start()
             profile = profile and not traced
             most_steps = max(1, min(8 * count, int(_WAKE_UP_SECONDS * count / seconds)))
             progress.advance(count)
 
+    def _agree(self, received: Sequence[int], most_steps: int) -> tuple[int, int]:
+        """Writes rows that are pending; returns a signal that some process has, or 0, and the first one's steps."""
+        with self._processes.together() as agreement:
+            while self._pending:
+                self._pending.pop(0)()
+            agreement.say(signum=received[0] if received else 0, most_steps=most_steps)
+        return max(heard["signum"] for heard in agreement.heard), agreement.heard[0]["most_steps"]
+
     def _next_stop(self) -> int:
         """The next step at which a row, an evaluation or the end of an epoch is due."""
-        every = (self._config.train.log_every, self._programs.steps_per_epoch, self._eval_steps)
+        every = (self._train.log_every, self._programs.steps_per_epoch, self._eval_steps)
         return min(self._programs.total_steps, *((self.step // n + 1) * n for n in every))
 
     def _advance(self, count: int) -> float:
-        """Takes `count` steps and writes the training rows if they are due; returns the seconds it took."""
-        # A copy: on the CPU what comes back is a view of a buffer that the step writes to.
-        before = jax.tree.map(np.array, self._programs.split(self._state.batch_stats)) if self.step == 0 else None
-        with self._timing.clock("train") as clock:
-            self._state = self._programs.advance(self._state, self.step, count)
-            state = self._state
-            counters = self._programs.split((state.step, state.skipped_steps, state.skipped_in_a_row))
+        """Takes `count` steps and prepares the training rows if they are due; returns the seconds it took."""
+        before = self._programs.split(self.state.batch_stats) if self.step == 0 else []
+        with self.timing.clock("train") as clock:
+            self.state = self._programs.advance(self.state, self.step, count)
+            self._counters = self._programs.split(counters(self.state))
         self.step += count
-        if before is not None:
-            after = self._programs.split(self._state.batch_stats)
-            for old, new, (_, skipped, _) in zip(before, after, counters, strict=True):
+        if before:
+            after = self._programs.split(self.state.batch_stats)
+            for old, new, (_, skipped, _) in zip(before, after, self._counters, strict=True):
                 if not skipped:
-                    _require_moved(old, new)
-        for record, (step, _, in_a_row) in zip(self._records, counters, strict=True):
-            if not record.stopped and in_a_row >= self._config.train.max_skipped_steps:
-                self._diverged(record, int(step))
+                    self._pending.append(partial(_require_moved, old, new))
         if self.step == self._programs.total_steps or 0 in (
-            self.step % self._config.train.log_every,
+            self.step % self._train.log_every,
             self.step % self._programs.steps_per_epoch,
         ):
-            self._write_rows([int(skipped) for _, skipped, _ in counters])
+            self._prepare_rows()
         return clock.seconds
 
-    def _write_rows(self, skipped_steps: Sequence[int]) -> None:
+    def _prepare_rows(self) -> None:
         rates = self._programs.learning_rates(self.step - 1)
-        metrics = self._programs.split(self._state.metrics)
-        for record, measured, skipped, rate in zip(self._records, metrics, skipped_steps, rates, strict=True):
-            if not record.stopped:
-                record.trained(self.step, measured, skipped, rate)
-        self._state = self._programs.fresh_metrics(self._state)
+        measured = self._programs.split(self.state.metrics)
+        in_a_row = self._train.max_skipped_steps
+        for record, metrics, rate, (_, skipped, skipped_in_a_row) in zip(
+            self._records, measured, rates, self._counters, strict=True
+        ):
+            if not record.diverged and skipped_in_a_row < in_a_row:
+                self._pending.append(partial(record.trained, self.step, metrics, int(skipped), rate))
+        self.state = self._programs.fresh_metrics(self.state)
 
-    def _diverged(self, record: Record, step: int) -> None:
-        """What becomes of a run whose last steps, up to `step`, were not finite: here, its end."""
-        (rate,) = self._programs.learning_rates(step - 1)
-        raise RunError(
-            f"{record.workdir}: got {self._config.train.max_skipped_steps} steps in a row whose loss or gradients "
-            f"are not finite, up to step {step} at learning rate {rate:.3g}; expected finite ones. The last "
-            f"good checkpoint is {self._checkpoints.latest()}. Lower optimizer.learning_rate in another --workdir."
-        )
+    def _find_diverged(self) -> list[tuple[Record, int]]:
+        """Marks the runs that diverged in the last steps; returns them with the step of each."""
+        found = [
+            (record, int(step))
+            for record, (step, _, in_a_row) in zip(self._records, self._counters, strict=True)
+            if not record.diverged and in_a_row >= self._train.max_skipped_steps
+        ]
+        for record, _ in found:
+            record.diverged = True
+        return found
 
     def _evaluation_due(self) -> bool:
         due = self.step > 0 and self.step % self._eval_steps == 0
-        done = all(record.is_evaluated(self.step) for record in self._active())
+        done = all(record.is_evaluated(self.step) for record in self.active)
         return (due or self.step == self._programs.total_steps) and not done
 
-    def _evaluate_and_save(self) -> list[dict[str, float]]:
-        """The figures of every record, or of a stopped one nothing."""
-        with self._timing.clock("evaluate"):
-            measured = self._programs.measure(self._state)
-            results = [{} if record.stopped else figures(m) for record, m in zip(self._records, measured, strict=True)]
-        for record in self._active():
-            if not record.is_evaluated(self.step):
-                record.evaluated(self.step, results[self._records.index(record)])
-        self._save()
+    def _evaluate(self) -> list[dict[str, float]]:
+        """The figures of every run, or of a diverged one nothing; prepares the evaluation rows."""
+        with self.timing.clock("evaluate"):
+            measured = self._programs.measure(self.state)
+            results = [{} if record.diverged else figures(m) for record, m in zip(self._records, measured, strict=True)]
+        for record, result in zip(self._records, results, strict=True):
+            if result and not record.is_evaluated(self.step):
+                self._pending.append(partial(record.evaluated, self.step, result))
         return results
 
-    def _save(self) -> None:
-        with self._timing.clock("checkpoint"):
-            for record in self._active():
-                record.flush()  # the rows of a checkpoint are on the disk before it is
-            self._checkpoints.save(self.step, self._programs.snapshot(self._state), **self._described())
+    def save(self) -> None:
+        """Saves the state and what the records say of it, in the background; the rows are on the disk before."""
+        with self.timing.clock("checkpoint"):
+            for record in self.active:
+                record.flush()
+            meta = {"runs": [record.described() for record in self._records]}
+            self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_step())
 
-    def _described(self) -> dict[str, Any]:
-        """What a checkpoint is saved with."""
-        (record,) = self._records
-        best = record.best_row([self.step, *self._checkpoints.steps()])
-        return {"config": self._config.to_dict(), "best_step": best and best["step"], "rows": len(record.rows)}
+    def _best_step(self) -> int | None:
+        if len(self._records) > 1:  # that of each is another
+            return None
+        best = self._records[0].best_row([self.step, *self._checkpoints.steps()])
+        return best and best["step"]
 
-    def _require_fit(self, meta: Mapping[str, Any]) -> None:
-        self._records[0].require_fit(meta["config"], meta["step"], meta["rows"])
-
-    def finish(self) -> dict[str, Any]:
-        """Writes the picture, TensorBoard's hparams and the summary; prints the summary and returns it."""
-        speed = self._timing.speed((self.step - self._first_step) * self._config.train.batch_size)
-        plot_runs = _import_plot().plot_runs
-        (record,) = self._records
-        with self._timing.clock("checkpoint"):
-            saved = [self.step, *self._checkpoints.steps()]
-        picture = self._directory / "accuracy.png"
-        record.flush()
-        plot_runs([self._directory], picture)
-        device = mesh.device_name(self._programs.devices)
-        summary = record.finish(self.step, saved, self._timing.seconds(), device)
-        results = {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "seed"}
-        console.table(
-            [*results.items(), *speed.items(), ("seconds", summary["seconds"]["total"]), ("picture", picture)]
-        )
-        return summary
+    def saved_steps(self) -> list[int]:
+        """The steps of the checkpoints, all of them whole on the disk."""
+        with self.timing.clock("checkpoint"):
+            return self._checkpoints.steps()
 
 
-def _import_plot() -> ModuleType:
+def counters(state: TrainState) -> tuple[Any, Any, Any]:
+    """Of each run its steps, those skipped, and those skipped in a row."""
+    return state.step, state.skipped_steps, state.skipped_in_a_row
+
+
+def import_pictures() -> ModuleType:
     """Half a second, of which nothing is left to wait for if it begins while the device works."""
-    from vmapbn_flax.runs import pictures as plot
+    from vmapbn_flax.runs import pictures
 
-    return plot
+    return pictures
 
 
 def _require_moved(before: Any, after: Any) -> None:

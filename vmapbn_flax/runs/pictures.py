@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from vmapbn_flax.errors import RunError, UsageError
-from vmapbn_flax.files import read_lines, write_whole
+from vmapbn_flax.files import write_whole
+from vmapbn_flax.runs.workdir import Workdir
 
 # Distinct in grey print too: each run has a dash pattern and a marker of its own.
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "P")]
@@ -33,7 +33,7 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
             raise UsageError(f"{output}: got a name that ends in {output.suffix!r}, expected .png, .pdf or .svg")
         accuracy, loss = figure.subplots(1, 2)
         for i, workdir in enumerate(workdirs):
-            rows = [row for _, row in read_lines(workdir / "metrics.jsonl")]
+            rows = Workdir(workdir).read_rows()
             if not rows:
                 raise RunError(f"{workdir}: got no metrics.jsonl with rows; expected the workdir of a run.")
             line, marker = STYLES[i % len(STYLES)]

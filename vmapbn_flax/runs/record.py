@@ -1,57 +1,60 @@
 """What one run leaves in its workdir while it trains: its rows, its best evaluation, its summary."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vmapbn_flax.runs.checkpoints import versions
 from vmapbn_flax.config import flat, resume_changes
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.files import read_lines, write_json
-from vmapbn_flax.runs.metric_writer import MetricWriter
+from vmapbn_flax.runs.checkpoints import versions
+from vmapbn_flax.runs.metric_writer import MetricWriter, finite
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.metrics import TrainMetrics, compute
 
 
 class Record:
-    """The rows and the summary of one run, which may be one of many that train together.
+    """The rows and the summary of one run, which may be one of several that train together.
+
+    Every process of a run has its records; only where the workdir `writes` do they reach its files.
 
     Attributes:
       name: of a sweep's member; "" for a run of its own.
       config, workdir: of the run.
-      stopped: whether it has diverged, and nothing more is to be written.
+      rows: the training and evaluation rows so far.
+      diverged: whether the run has, and nothing more is to be written.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, selection: str, name: str = ""):
+    def __init__(self, config: ConfigDict, workdir: Workdir, selection: str, name: str = ""):
         self.config, self.workdir, self.name = config, workdir, name
-        self.stopped = False
+        self.rows: list[dict[str, Any]] = []
+        self.diverged = False
         self._selection = selection
         self._writer: MetricWriter | None = None
 
     def open(self, step: int) -> None:
         """Opens the files of a run that is at `step`, without what is later in them."""
-        self._writer = MetricWriter(self.workdir, step)
+        if self.workdir.writes:
+            self._writer = MetricWriter(self.workdir, step)
+        self.rows = [row for row in self.workdir.read_rows() if row["step"] <= step]
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self._writer.rows if self._writer else []
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint says of the run."""
+        return {"name": self.name, "config": self.config.to_dict(), "rows": len(self.rows)}
 
-    def require_fit(self, config: Mapping[str, Any], step: int, rows: int) -> None:
+    def require_fit(self, saved: Mapping[str, Any], step: int) -> None:
         """Refuses to continue from a checkpoint of another run, or one without its rows.
 
         Args:
-          config: that the checkpoint was saved with.
+          saved: what `described` said when the checkpoint was saved.
           step: of the checkpoint.
-          rows: how many there were when it was saved.
         """
-        resume_changes(config, self.config)
-        path = self.workdir / "metrics.jsonl"
-        count = sum(row["step"] <= step for _, row in read_lines(path))
-        if count < rows:
+        resume_changes(saved["config"], self.config)
+        count = sum(row["step"] <= step for row in self.workdir.read_rows())
+        if count < saved["rows"]:
             raise RunError(
-                f"{path}: got {count} rows up to step {step}, expected the {rows} that were there when "
-                f"its checkpoint was saved. Put the file back, or start afresh in another --workdir."
+                f"{self.workdir.metrics}: got {count} rows up to step {step}, expected the {saved['rows']} that were "
+                f"there when its checkpoint was saved. Put the file back, or start afresh in another --workdir."
             )
 
     def trained(self, step: int, metrics: TrainMetrics, skipped_steps: int, learning_rate: float) -> None:
@@ -59,11 +62,16 @@ class Record:
         figures = {f"train_{name}": value for name, value in compute(metrics).items()}
         if skipped_steps:
             figures["skipped_steps"] = skipped_steps
-        self._writer.write_scalars(step, {**figures, "learning_rate": learning_rate})
+        self._write(step, {**figures, "learning_rate": learning_rate})
 
     def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes an evaluation row."""
-        self._writer.write_scalars(step, figures)
+        self._write(step, figures)
+
+    def _write(self, step: int, figures: Mapping[str, float]) -> None:
+        self.rows.append({"step": step, **finite(figures)})
+        if self._writer:
+            self._writer.write_scalars(step, figures)
 
     def is_evaluated(self, step: int) -> bool:
         return bool(self.rows) and self.rows[-1]["step"] == step and self._selection in self.rows[-1]
@@ -91,7 +99,8 @@ class Record:
         best = self.best_row(saved)
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
         results = {f"hparam/{name}": value for name, value in evaluation.items() if not name.endswith("_count")}
-        self._writer.write_hparams(flat(self.config), results)
+        if self._writer:
+            self._writer.write_hparams(flat(self.config), results)
         self.flush()
         summary = {
             "step": step,
@@ -103,5 +112,5 @@ class Record:
             "device": device,
             "versions": versions(),
         }
-        write_json(self.workdir / "summary.json", summary)
+        self.workdir.write(self.workdir.summary, summary)
         return summary

@@ -3,36 +3,19 @@
 Not with its writer: once a full disk has ended the thread in there, the next events wait for ever.
 """
 
-import contextlib
 import math
 import socket
 import struct
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
 from vmapbn_flax.files import AppendFile
-
-
-@contextlib.contextmanager
-def _without(name: str) -> Iterator[None]:
-    """Has imports of a module fail in its block, unless that is there already."""
-    missing = name not in sys.modules
-    if missing:
-        sys.modules[name] = None
-    try:
-        yield
-    finally:
-        if missing:
-            del sys.modules[name]
-
-
-with _without("torch"):  # which tensorboardX imports if it can: two seconds of every start, for what is not used here
-    from tensorboardX import summary
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.record_writer import masked_crc32c
 
 
 class EventFile(AppendFile):

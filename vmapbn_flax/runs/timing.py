@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 
-from vmapbn_flax.training.compiler import Compiler
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.training.compiler import Compiler
 
 
 class Clock:

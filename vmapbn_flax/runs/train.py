@@ -1,37 +1,36 @@
-"""Training one run: the one module that sees everything, from config and data to files and signals."""
+"""Training one run: from its config and data to its summary."""
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.config import resume_changes, validate
+from vmapbn_flax.config import resume_changes, validate, without_distributed
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.files import REFRESHED, read_json, workdir_lock
-from vmapbn_flax.multihost import processes
-from vmapbn_flax.runs import console
-from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.files import read_json
+from vmapbn_flax.multihost.processes import Processes, joined
+from vmapbn_flax.runs.checkpoints import versions
+from vmapbn_flax.runs.console import Progress, say, table
+from vmapbn_flax.runs.loop import Loop, import_pictures
 from vmapbn_flax.runs.record import Record
-from vmapbn_flax.sweeps.ledger import refuse_unfinished_member
-from vmapbn_flax.training.mesh import divide_cpu, solo_mesh
+from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.training.mesh import device_name, divide_cpu, solo_mesh
 from vmapbn_flax.training.programs import Programs
 
 
-def train(config: ConfigDict, workdir: Path, started: float | None = None) -> dict[str, Any]:
-    """Trains, or resumes, the run in `workdir`, and returns its summary.
+def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[str, Any]:
+    """Trains, or resumes, the run in the workdir `path`, and returns its summary.
 
     Args:
-      config: what `configs/default.py` makes.
-      workdir: made if need be; the README says what it then holds.
+      config: what `vmapbn_flax.default_config()` makes.
+      path: made if need be; the README says what it then holds.
       started: `time.monotonic()` when the program started, for the summary; by default now.
-
-    Returns:
-      the summary; nothing in a process that is not the first of its run.
 
     Raises:
       UsageError: the config or the data cannot be used.
@@ -41,50 +40,120 @@ def train(config: ConfigDict, workdir: Path, started: float | None = None) -> di
     started = time.monotonic() if started is None else started
     validate(config)
     divide_cpu(config.mesh, sweep=False, processes=config.distributed.num_processes)
-    with processes.joined(config) as group:
-        config = group.config
-        with group.together():
-            refuse_unfinished_member(workdir)
-            if (workdir / REFRESHED).exists():
+    with joined(**config.distributed) as processes:
+        config, workdir = without_distributed(config), Workdir(path, writes=processes.first)
+        processes.require_same(config=config.to_dict(), versions=versions())
+        if workdir.is_refreshed:
+            raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {path.parent} instead")
+        dataset = load_dataset(config.data)
+        if processes.count > 1:
+            processes.require_same(data=dataset.fingerprint())
+        # The last to find fault with the config: nothing is written before.
+        programs = Programs([config], dataset, solo_mesh(config.mesh))
+        with contextlib.closing(programs), held(workdir, processes):
+            return _train(config, workdir, dataset, programs, processes, started)
+
+
+@contextlib.contextmanager
+def held(workdir: Workdir, processes: Processes) -> Iterator[None]:
+    """Holds the workdir for `processes`, of which the first has the lock.
+
+    Raises:
+      RunError: see `Workdir.lock`; or not every process sees the same directory.
+    """
+    with contextlib.ExitStack() as stack:
+        with processes.together() as agreement:
+            if processes.first:
+                stack.enter_context(workdir.lock())
+                agreement.say(holder=workdir.holder)
+        with processes.together():
+            if workdir.holder != agreement.heard[0]["holder"]:
                 raise RunError(
-                    f"{workdir}: got refreshed statistics, expected a run; train in {workdir.parent} instead"
+                    f"{workdir}: got another directory here than process 0 has there; expected one that every "
+                    f"process sees. Put --workdir on a file system that they share."
                 )
-            data = config.data
-            dataset = load_dataset(data.name, data.dir, data.validation_size, data.memory_limit)
-            # The last to find fault with the config: nothing is written before.
-            programs = Programs([config], dataset, solo_mesh(config.mesh))
-        with contextlib.closing(programs):
-            if group.follows:
-                group.follow(programs)
-                return {}
-            received: list[int] = []
-            with group.led(received) as leader, workdir_lock(workdir):
-                return _train(config, workdir, dataset, leader.of_all(programs), received, started)
+        yield
 
 
 def _train(
-    config: ConfigDict, workdir: Path, dataset: Dataset, programs: Programs, received: list[int], started: float
+    config: ConfigDict, workdir: Workdir, dataset: Dataset, programs: Programs, processes: Processes, started: float
 ) -> dict[str, Any]:
-    """Trains the run in a workdir that is locked; a signal in `received` stops it."""
-    saved = workdir / "config.json"
-    changes = resume_changes(read_json(saved), config) if saved.exists() else None
+    """Trains the run in a workdir that is held."""
+    changes = resume_changes(workdir.read_config(), config) if workdir.config.exists() else None
     if summary := _finished(workdir, changes):
-        console.say(f"{workdir}: finished at step {summary['step']}; a larger train.num_epochs continues it")
+        if processes.first:
+            say(f"{workdir}: finished at step {summary['step']}; a larger train.num_epochs continues it")
         return summary
     record = Record(config, workdir, programs.selection)
-    with signals.deferred(received), contextlib.closing(Run([record], workdir, programs, started)) as run:
-        run.say_start(dataset, changes)
-        with console.Progress(run.step, programs.total_steps) as progress:
-            run.to_end(received, progress)
-        return run.finish()
+    with signals.deferred() as received:
+        loop = Loop([record], workdir.checkpoints, programs, config.train, processes, started)
+        with contextlib.closing(loop):
+            with processes.together():
+                if processes.first:
+                    _start(workdir, config, changes)
+            if processes.first:
+                _say_start(loop, dataset, programs, workdir, changes)
+            with Progress(loop.step, programs.total_steps, shown=processes.first) as progress:
+                loop.run(received, progress, on_divergence=lambda runs: _refuse(*runs[0], loop, programs))
+            return _finish(loop, record, programs, processes)
 
 
-def _finished(workdir: Path, changes: Sequence[str] | None) -> dict[str, Any] | None:
+def _finished(workdir: Workdir, changes: Sequence[str] | None) -> dict[str, Any] | None:
     """The summary of the run in `workdir`, if there is one that `changes` of its config leave valid."""
-    path = workdir / "summary.json"
+    path = workdir.summary
     if changes is None or not path.exists() or any("train.num_epochs" in change for change in changes):
         return None
     summary = read_json(path)
     if not isinstance(summary.get("step"), int):
         raise RunError(f"{path}: got no step in it, expected what a finished run wrote there. Remove it and run again.")
+    return summary
+
+
+def _start(workdir: Workdir, config: ConfigDict, changes: Sequence[str] | None) -> None:
+    """Makes `config` that of the workdir, with `changes` to the one there, if there is one."""
+    if changes != []:
+        workdir.summary.unlink(missing_ok=True)  # first: from here on the run is not finished
+        workdir.write(workdir.config, config.to_dict())
+
+
+def _say_start(
+    loop: Loop, dataset: Dataset, programs: Programs, workdir: Workdir, changes: Sequence[str] | None
+) -> None:
+    for change in changes or []:
+        say(f"resuming with {change}")
+    count = parameter_overview.count_parameters(loop.state.params)
+    where = f"resuming at step {loop.step}" if loop.step else "starting"
+    say(
+        f"{workdir}: {where} of {programs.total_steps} steps, {count:,} parameters, "
+        f"{dataset.name} ({len(dataset.train):,} training and {len(dataset.test):,} test examples"
+        f"{', streamed' if dataset.streamed else ''}), on {programs.where()}"
+    )
+
+
+def _refuse(record: Record, step: int, loop: Loop, programs: Programs) -> NoReturn:
+    """Ends a run whose last steps, up to `step`, were not finite."""
+    (rate,) = programs.learning_rates(step - 1)
+    saved = loop.saved_steps()
+    good = record.workdir.checkpoints / str(saved[-1]) if saved else None
+    raise RunError(
+        f"{record.workdir}: got {record.config.train.max_skipped_steps} steps in a row whose loss or gradients "
+        f"are not finite, up to step {step} at learning rate {rate:.3g}; expected finite ones. The last "
+        f"good checkpoint is {good}. Lower optimizer.learning_rate in another --workdir."
+    )
+
+
+def _finish(loop: Loop, record: Record, programs: Programs, processes: Processes) -> dict[str, Any]:
+    """Draws the picture, writes TensorBoard's hparams and the summary, prints the summary and returns it."""
+    speed = loop.timing.speed((loop.step - loop.first_step) * record.config.train.batch_size)
+    saved = loop.saved_steps()
+    workdir = record.workdir
+    with processes.together():
+        record.flush()
+        if processes.first:
+            import_pictures().plot_runs([workdir.path], workdir.picture)
+        summary = record.finish(loop.step, [loop.step, *saved], loop.timing.seconds(), device_name(programs.devices))
+    if processes.first:
+        figures = {k: v for k, v in summary.items() if isinstance(v, int | float) and k != "seed"}
+        more = {"seconds": summary["seconds"]["total"], "picture": workdir.picture}
+        table([*figures.items(), *speed.items(), *more.items()])
     return summary

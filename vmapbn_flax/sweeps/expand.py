@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import flat, of_one_process, validate
+from vmapbn_flax.config import FIELDS, flat, validate, without_distributed
 from vmapbn_flax.errors import UsageError
-from vmapbn_flax.training.state import TRACED_FIELDS
 
 _DISTRIBUTIONS = ("uniform", "log_uniform")
 _LONGEST_NAME = 200  # characters; file systems end at 255
@@ -39,9 +38,11 @@ def expand(config: ConfigDict) -> list[Member]:
     fields = flat(base)
     sweep = {name: _values(name, values, fields) for name, values in flat(config.sweep).items()}
     if not sweep:
-        raise UsageError("config.sweep: got no field to sweep, expected at least one, as in configs/sweep_lr.py")
+        raise UsageError(
+            "config.sweep: got nothing to sweep, expected at least one field, as in config.sweep.seed = (0, 1)"
+        )
     validate(base)
-    base = of_one_process(base)
+    base = without_distributed(base)
     labels = _labels(sweep)
     members = []
     for values in _COMBINE[base.sweep_options.mode](sweep, fields, base.sweep_options):
@@ -60,8 +61,8 @@ def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
     if name not in fields or name.startswith(("sweep", "mesh", "distributed")):
         close = difflib.get_close_matches(name, fields, n=1)
         raise UsageError(
-            f"config.sweep.{name}: got a field that a run's config does not have, expected one of those in "
-            f"configs/default.py{f', such as {close[0]}' if close else ''}"
+            f"config.sweep.{name}: got a field that a run's config does not have, expected one of "
+            f"vmapbn_flax.default_config(){f', such as {close[0]}' if close else ''}"
         )
     if not isinstance(values, tuple) or not values:
         raise UsageError(
@@ -133,12 +134,7 @@ def _typed(name: str, value: Any, field: Any) -> Any:
 
 def _with(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     config = base.copy_and_resolve_references()
-    for name, value in values.items():
-        *sections, leaf = name.split(".")
-        section = config
-        for key in sections:
-            section = section[key]
-        section[leaf] = value
+    config.update_from_flattened_dict(values)
     return config
 
 
@@ -171,12 +167,17 @@ def _check(members: Sequence[Member]) -> None:
 
 
 def program_key(config: ConfigDict) -> str:
-    """The same for configs that one program serves."""
-    return repr(sorted((name, value) for name, value in flat(config).items() if name not in TRACED_FIELDS))
+    """The same for configs that differ only in what a program takes as an argument."""
+
+    def is_argument(name: str) -> bool:
+        # Members of a group train for as many epochs: one loop advances them together.
+        return name in FIELDS and FIELDS[name].traced is not None and name != "train.num_epochs"
+
+    return repr(sorted((name, value) for name, value in flat(config).items() if not is_argument(name)))
 
 
-def group(members: Sequence[Member]) -> list[list[Member]]:
-    """Members that differ only in what a program takes as an argument, together."""
+def program_groups(members: Sequence[Member]) -> list[list[Member]]:
+    """The members that each program serves."""
     groups: dict[str, list[Member]] = {}
     for member in members:
         groups.setdefault(program_key(member.config), []).append(member)

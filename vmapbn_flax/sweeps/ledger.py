@@ -1,41 +1,56 @@
-"""The ledger of a sweep, `sweep.json`: who its members are, who trains with whom, and what became of each."""
+"""The ledger of a sweep: who its members are, who trains with whom, and what became of each."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.files import read_json, write_json
+from vmapbn_flax.files import read_json
+from vmapbn_flax.runs.workdir import Workdir
 
-FILE = "sweep.json"
 STATUSES = ("pending", "running", "done", "diverged", "failed")
 _OVER = ("done", "diverged")  # for good: what has failed is tried again
 
 
 class Ledger:
-    """What is fixed before training, so that a member's neighbours, and with them its bits, never change.
+    """What is fixed before training, so that group membership, and with it a member's bits, never change.
+
+    Attributes:
+      members: by name, the status, the step and, where there is one, the reason.
+      groups: the names of the members of each group.
 
     Raises:
       RunError: the file is damaged.
     """
 
-    def __init__(self, workdir: Path):
-        self._path = workdir / FILE
+    def __init__(self, workdir: Workdir):
+        self._workdir = workdir
         self.members: dict[str, dict[str, Any]] = {}
         self.groups: list[list[str]] = []
-        if self._path.exists():
-            content = read_json(self._path)
-            try:
-                self.members, self.groups = dict(content["members"]), [list(names) for names in content["groups"]]
-                if any(entry["status"] not in STATUSES for entry in self.members.values()):
-                    raise ValueError("a status that there is not")
-                if sorted(name for names in self.groups for name in names) != sorted(self.members):
-                    raise ValueError("groups of other members")
-            except (KeyError, TypeError, ValueError) as error:
-                raise RunError(
-                    f"{self._path}: got no ledger of a sweep ({error!r}), expected what the sweep wrote there. "
-                    f"Put it back from a copy, or start afresh in another --workdir."
-                ) from None
+        if workdir.is_sweep:
+            self.update(read_json(workdir.ledger))
+
+    def update(self, content: Any) -> None:
+        """Takes over what another ledger's `content` is.
+
+        Raises:
+          RunError: it is not that.
+        """
+        try:
+            self.members, self.groups = dict(content["members"]), [list(names) for names in content["groups"]]
+            if any(entry["status"] not in STATUSES for entry in self.members.values()):
+                raise ValueError("a status that there is not")
+            if sorted(name for names in self.groups for name in names) != sorted(self.members):
+                raise ValueError("groups of other members")
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self._workdir.ledger}: got no ledger of a sweep ({error!r}), expected what the sweep wrote there. "
+                f"Put it back from a copy, or start afresh in another --workdir."
+            ) from None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return {"members": self.members, "groups": self.groups}
 
     def add(self, groups: Iterable[Sequence[str]]) -> None:
         """Adds groups of new members, and writes."""
@@ -57,7 +72,7 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
-        write_json(self._path, {"members": self.members, "groups": self.groups})
+        self._workdir.write(self._workdir.ledger, self.content)
 
     def is_over(self, name: str) -> bool:
         return self.members[name]["status"] in _OVER
@@ -66,18 +81,17 @@ class Ledger:
         return sum(entry["status"] == status for entry in self.members.values())
 
 
-def refuse_unfinished_member(workdir: Path) -> None:
+def refuse_unfinished_member(workdir: Workdir) -> None:
     """Refuses to train a sweep's member alone before its sweep is done with it.
 
     Raises:
       RunError: `workdir` is that of such a member.
     """
-    sweep = workdir.absolute().parent
-    if (sweep / FILE).exists():
+    sweep, name = workdir.sweep, workdir.path.absolute().name
+    if sweep.is_sweep:
         ledger = Ledger(sweep)
-        name = workdir.absolute().name
         if name in ledger.members and not ledger.is_over(name):
             raise RunError(
                 f"{workdir}: got a member that its sweep is not done with ({ledger.members[name]['status']}); expected "
-                f"one that is. Continue the sweep: python train.py --config=configs/saved.py:{workdir.parent}"
+                f"one that is. Continue the sweep: python train.py --config=configs/saved.py:{workdir.path.parent}"
             )

@@ -1,7 +1,6 @@
 """What a sweep is going to do: who trains with whom, fixed in its ledger and said before anything runs."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -9,9 +8,9 @@ from ml_collections import ConfigDict
 from vmapbn_flax.config import resume_changes
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError, UsageError
-from vmapbn_flax.files import read_json, write_json
 from vmapbn_flax.runs import console
-from vmapbn_flax.sweeps.expand import Member, chunk, expand, group
+from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps.expand import Member, chunk, expand, program_groups
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.members import member_bytes
@@ -34,7 +33,7 @@ class Datasets:
         data = config.data
         key = (data.name, data.dir, data.validation_size, data.memory_limit)
         if key != self._key:
-            self._key, self._dataset = key, load_dataset(*key)
+            self._key, self._dataset = key, load_dataset(data)
         if self._dataset.streamed:  # each member would have windows of its own, in its own order
             raise UsageError(
                 f"config.data.memory_limit: got {data.memory_limit}, expected at least "
@@ -44,22 +43,22 @@ class Datasets:
         return self._dataset
 
 
-def make_plan(config: ConfigDict, workdir: Path, members: Mapping[str, Member], datasets: Datasets) -> Ledger:
+def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member], datasets: Datasets) -> Ledger:
     """The ledger, with groups for members that are new to it, and a word about what there is to do.
 
     Raises:
       RunError: `workdir` is of something else, of a sweep with other members, or its ledger is damaged.
     """
-    ledger, saved = Ledger(workdir), workdir / "config.json"
-    if (workdir / "metrics.jsonl").exists() or (saved.exists() and not ledger.members):
+    ledger = Ledger(workdir)
+    if workdir.is_run:
         raise RunError(f"{workdir}: got the workdir of a run, expected that of a sweep. Choose another --workdir.")
     if missing := [name for name in ledger.members if name not in members]:
         raise RunError(
             f"{workdir}: got a sweep without its member {missing[0]}, expected all that it has; values may be added "
             f"to a sweep, not taken away. Put them back, or choose another --workdir."
         )
-    if saved.exists():
-        before = {member.name: member.config.to_dict() for member in expand(ConfigDict(read_json(saved)))}
+    if workdir.config.exists():
+        before = {member.name: member.config.to_dict() for member in expand(ConfigDict(workdir.read_config()))}
         for name in ledger.members:
             changes = resume_changes(before.get(name, {}), members[name].config)
             if any("train.num_epochs" in change for change in changes):
@@ -68,16 +67,15 @@ def make_plan(config: ConfigDict, workdir: Path, members: Mapping[str, Member], 
                     f"by one, or choose another --workdir."
                 )
     plan = []
-    for together in group([member for name, member in members.items() if name not in ledger.members]):
+    for together in program_groups([member for name, member in members.items() if name not in ledger.members]):
         most = config.sweep_options.chunk or _most_members(together, datasets)
         plan += [[member.name for member in part] for part in chunk(together, most)]
     ledger.add(plan)
-    write_json(saved, config.to_dict())
+    workdir.write(workdir.config, config.to_dict())
     for member in members.values():
-        directory = workdir / member.name
-        if not (directory / "config.json").exists():
-            directory.mkdir(exist_ok=True)
-            write_json(directory / "config.json", member.config.to_dict())
+        own = workdir.member(member.name)
+        if not own.config.exists():
+            own.write(own.config, member.config.to_dict())
     _say_plan(workdir, ledger, members, datasets)
     return ledger
 
@@ -89,7 +87,7 @@ def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
     return max(1, int(_MEMORY_SHARE * memory) // member_bytes(config, datasets.of(config)))
 
 
-def _say_plan(workdir: Path, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
+def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
     groups = f"{len(ledger.groups)} group{'s' * (len(ledger.groups) != 1)}"
     console.say(
         f"{workdir}: {len(ledger.members)} members in {groups}, a program each, on {mesh.device_name(jax.devices())}"

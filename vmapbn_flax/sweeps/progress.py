@@ -9,8 +9,8 @@ from vmapbn_flax.sweeps.ledger import Ledger
 class SweepProgress(Progress):
     """A bar of the steps of all members on a terminal; elsewhere a line for each evaluation of a group."""
 
-    def __init__(self, ledger: Ledger):
-        super().__init__(0, 0)
+    def __init__(self, ledger: Ledger, *, shown: bool = True):
+        super().__init__(0, 0, shown=shown)
         self._ledger = ledger
         self._best: tuple[float, str] | None = None
         self._number, self._names = 0, []
@@ -32,7 +32,7 @@ class SweepProgress(Progress):
         self._best = max([*found, *([self._best] if self._best else [])], default=None)
         if self._interactive:
             self._show()
-        else:
+        elif self._shown:
             say(f"group {self._number}, step {step} of {self._total_steps}: {self._state()}")
 
     def _show(self) -> None:

@@ -5,14 +5,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from io import TextIOBase
-from pathlib import Path
 
 from vmapbn_flax.runs import console
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.pictures import plot_sweep
 from vmapbn_flax.sweeps.results import SELECTION, Result, Setting, read_settings
 
 
-def report(workdir: Path, file: TextIOBase | None = None) -> Result | None:
+def report(workdir: Workdir, file: TextIOBase | None = None) -> Result | None:
     """Prints the ranking of the sweep in `workdir`, draws `sweep.png` there, and returns the best member.
 
     That is the best of the best setting by validation accuracy; None where no member is done.
@@ -29,13 +29,12 @@ def report(workdir: Path, file: TextIOBase | None = None) -> Result | None:
     rows = [(rank, *_cells(setting)) for rank, setting in enumerate(settings, start=1)]
     header = ("", "setting", "seeds done", "validation accuracy", "test accuracy", "not done")
     console.table(rows, header, file=file)
-    picture = workdir / "sweep.png"
-    plot_sweep(settings, picture)
-    print(f"picture: {picture}", file=file)
+    plot_sweep(settings, workdir.sweep_picture)
+    print(f"picture: {workdir.sweep_picture}", file=file)
     best = settings[0].best() if settings else None
     if best is not None:
         print(f"best: {best.name}, validation accuracy {best.figure(SELECTION):.2%}", file=file)
-        print(f"python train.py --config=configs/saved.py:{workdir / best.name}", file=file)
+        print(f"python train.py --config=configs/saved.py:{workdir.member(best.name)}", file=file)
     return best
 
 

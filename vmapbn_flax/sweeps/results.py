@@ -2,15 +2,14 @@
 
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import RunError, UsageError
-from vmapbn_flax.files import read_json, read_lines
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.expand import expand
-from vmapbn_flax.sweeps.ledger import FILE, Ledger
+from vmapbn_flax.sweeps.ledger import Ledger
 
 SELECTION = "validation_accuracy"
 
@@ -49,7 +48,7 @@ class Setting(NamedTuple):
         return max(done, key=lambda member: member.figure(SELECTION), default=None)
 
 
-def read_settings(workdir: Path) -> list[Setting]:
+def read_settings(workdir: Workdir) -> list[Setting]:
     """The settings of the sweep in `workdir`, the best mean validation accuracy first.
 
     A setting with members that have none, for they diverged, failed or are not done, comes after those
@@ -58,23 +57,25 @@ def read_settings(workdir: Path) -> list[Setting]:
     Raises:
       RunError: there is no sweep, or it is damaged.
     """
-    if not (workdir / FILE).exists():
-        raise RunError(f"{workdir}: got no {FILE}, expected the workdir of a sweep, such as runs/sweep_lr")
+    if not workdir.is_sweep:
+        raise RunError(
+            f"{workdir}: got no {workdir.ledger.name}, expected the workdir of a sweep, such as runs/sweep_lr"
+        )
     ledger = Ledger(workdir)
     try:
-        members = expand(ConfigDict(read_json(workdir / "config.json")))
+        members = expand(ConfigDict(workdir.read_config()))
     except (AttributeError, KeyError, TypeError, UsageError) as error:
-        raise RunError(f"{workdir}/config.json: got a config that does not fit ({error}), expected a sweep's") from None
+        raise RunError(f"{workdir.config}: got a config that does not fit ({error}), expected a sweep's") from None
     results = [
-        _read(workdir / member.name, member.name, member.values, ledger.members[member.name])
+        _read(workdir.member(member.name), member.name, member.values, ledger.members[member.name])
         for member in members
         if member.name in ledger.members
     ]
     return sorted(_by_setting(results), key=_rank)
 
 
-def _read(workdir: Path, name: str, values: dict[str, Any], entry: dict[str, Any]) -> Result:
-    rows = [row for _, row in read_lines(workdir / "metrics.jsonl")]
+def _read(workdir: Workdir, name: str, values: dict[str, Any], entry: dict[str, Any]) -> Result:
+    rows = workdir.read_rows()
     if entry["status"] in ("done", "diverged"):  # it may have been continued alone since
         rows = [row for row in rows if row["step"] <= entry["step"]]
     return Result(name, values, entry["status"], entry["step"], rows)

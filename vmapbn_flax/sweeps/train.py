@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -13,12 +12,13 @@ from ml_collections import ConfigDict
 from vmapbn_flax import signals
 from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import workdir_lock
-from vmapbn_flax.multihost import processes
-from vmapbn_flax.runs import console
-from vmapbn_flax.runs.checkpoints import Checkpoints
-from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.multihost.processes import Processes, SharedError, joined
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore, versions
+from vmapbn_flax.runs.console import say
+from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
+from vmapbn_flax.runs.train import held
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.plan import Datasets, make_plan
@@ -26,15 +26,15 @@ from vmapbn_flax.sweeps.progress import SweepProgress
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
 
+_SAVES_AT_ONCE = 8  # of members' own checkpoints, each of which takes threads and open files
 
-def train_sweep(config: ConfigDict, workdir: Path) -> Ledger | None:
-    """Trains, or resumes, the sweep in `workdir`, reports on it, and returns its ledger.
 
-    Nothing is returned in a process that is not the first of the sweep.
+def train_sweep(config: ConfigDict, path: Path) -> Ledger:
+    """Trains, or resumes, the sweep in the workdir `path`, reports on it, and returns its ledger.
 
     Args:
-      config: what `configs/default.py` makes, with values in `config.sweep`.
-      workdir: made if need be; each member has its own in it.
+      config: what `vmapbn_flax.default_config()` makes, with values in `config.sweep`.
+      path: made if need be; each member has a workdir of its own in it.
 
     Raises:
       UsageError: the config or the data cannot be used.
@@ -43,151 +43,150 @@ def train_sweep(config: ConfigDict, workdir: Path) -> Ledger | None:
     """
     members = {member.name: member for member in expand(config)}
     mesh.divide_cpu(config.mesh, sweep=True)
-    with processes.joined(config) as group:
-        config, datasets = group.config, Datasets()
-        with group.together():
-            for member in members.values():
-                validate_sizes(member.config, len(datasets.of(member.config).train))
-        programs_of = _ProgramsOf(list(members.values()), datasets)
-        if group.follows:
-            group.follow(change=programs_of)
-            return None
-        received: list[int] = []
-        with group.led(received) as leader, workdir_lock(workdir):
-            ledger = make_plan(config, workdir, members, datasets)
-            with signals.deferred(received):
-                _train_groups(config, workdir, ledger, members, programs_of, leader, received)
-            from vmapbn_flax.sweeps.report import report  # matplotlib, which has been imported if anything was trained
+    with joined(**config.distributed) as processes:
+        workdir, datasets = Workdir(path, writes=processes.first), Datasets()
+        named = {name: member.config.to_dict() for name, member in members.items()}
+        processes.require_same(config=named, versions=versions())
+        for member in members.values():
+            validate_sizes(member.config, len(datasets.of(member.config).train))
+        with held(workdir, processes):
+            ledger = Ledger(workdir)
+            with processes.together() as agreement:
+                if processes.first:
+                    ledger = make_plan(config, workdir, members, datasets)
+                    agreement.say(ledger=ledger.content)
+            ledger.update(agreement.heard[0]["ledger"])
+            with signals.deferred() as received:
+                _Sweep(config, workdir, ledger, members, datasets, processes, received).train()
+            if processes.first:
+                from vmapbn_flax.sweeps.report import (
+                    report,  # matplotlib, which has been imported if anything was trained
+                )
 
-            report(workdir)
-            leader.exit_status = 1 if ledger.count("failed") else 0
+                report(workdir)
         return ledger
 
 
-class _ProgramsOf:
-    """Called with the numbers of some members, makes their programs, or takes the last ones if those will do.
+class _Sweep:
+    """A sweep that is being trained, group after group."""
 
-    Raises:
-      UsageError: see `Programs`.
-    """
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Workdir,
+        ledger: Ledger,
+        members: Mapping[str, Member],
+        datasets: Datasets,
+        processes: Processes,
+        received: Sequence[int],
+    ):
+        self._options, self._workdir, self._ledger, self._members = config.sweep_options, workdir, ledger, members
+        self._datasets, self._processes, self._received = datasets, processes, received
+        self._programs: Programs | None = None
+        self._compiled_for: tuple[int, str] | None = None
 
-    def __init__(self, members: Sequence[Member], datasets: Datasets):
-        self._members, self._datasets = members, datasets
-        self._last, self._compiled_for = None, None
-
-    def __call__(self, numbers: Sequence[int]) -> Programs:
-        configs = [self._members[number].config for number in numbers]
-        key = (len(configs), program_key(configs[0]))
-        if self._last is not None and key == self._compiled_for:
-            self._last = self._last.with_members(configs)
-        else:
-            self.forget()
-            dataset, devices = self._datasets.of(configs[0]), mesh.member_mesh(configs[0].mesh, len(configs))
-            self._last, self._compiled_for = Programs(configs, dataset, devices), key
-        return self._last
-
-    def forget(self) -> None:
-        """Lets go of the last ones, and of what they have on the devices."""
-        self._last = None
-
-
-def _train_groups(
-    config: ConfigDict,
-    workdir: Path,
-    ledger: Ledger,
-    members: Mapping[str, Member],
-    programs_of: _ProgramsOf,
-    leader: processes.Leader,
-    received: Sequence[int],
-) -> None:
-    """Trains every group that has a member which is not over."""
-    # Where one of many processes fails in a call that all make, they are no longer together.
-    failures = RunError if leader.is_followed else (RunError, MemoryError, jax.errors.JaxRuntimeError)
-    numbers, step = {name: number for number, name in enumerate(members)}, 0
-    with SweepProgress(ledger) as progress:
-        for number, names in enumerate(ledger.groups):
-            directory = workdir / "groups" / str(number)
-            if not all(ledger.is_over(name) for name in names):
-                if received:
-                    raise Interrupted(received[0], step)
-                started, together = time.monotonic(), [numbers[name] for name in names]
+    def train(self) -> None:
+        """Trains every group that has a member which is not over."""
+        # What can strike one group and not another: a full disk, a damaged checkpoint, out of memory. Of many processes
+        # those that are not told of it would wait.
+        alone = self._processes.count == 1
+        failures = (RunError, MemoryError, jax.errors.JaxRuntimeError) if alone else SharedError
+        step = 0
+        with SweepProgress(self._ledger, shown=self._processes.first) as progress:
+            for number, names in enumerate(self._ledger.groups):
+                checkpoints = self._workdir.group_checkpoints(number)
+                if all(map(self._ledger.is_over, names)) and not checkpoints.exists():
+                    continue
+                with self._processes.together() as agreement:
+                    agreement.say(received=list(self._received))
+                if signums := [signum for heard in agreement.heard for signum in heard["received"]]:
+                    raise Interrupted(signums[0], step)
                 try:
-                    leader.change(together)
-                    programs = leader.of_all(programs_of(together))
-                    progress.start(number, names, programs.total_steps)
-                    records = [Record(members[name].config, workdir / name, programs.selection, name) for name in names]
-                    with contextlib.closing(GroupRun(records, directory, programs, started, ledger)) as run:
-                        run.to_end(received, progress)
-                        run.finish()
-                    step = run.step
-                # A full disk, a damaged checkpoint, out of memory: what can strike one group and not another.
+                    step = self._train_group(number, names, progress)
                 except failures as error:
-                    programs_of.forget()
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
-                    ledger.mark(names, "failed", reason=reason)
-                    console.say(f"warning: group {number} failed: {reason}")
-                    if config.sweep_options.on_failure == "stop":
+                    self._programs = None
+                    reason = " ".join(f"{_kind(error)}: {error}".split())
+                    self._ledger.mark(names, "failed", reason=reason)
+                    if self._processes.first:
+                        say(f"warning: group {number} failed: {reason}")
+                    if self._options.on_failure == "stop":
                         return
                     continue
-                finally:
-                    programs = run = None  # what is theirs on the devices goes before the next group's comes
-            # Its members have checkpoints of their own by now.
-            shutil.rmtree(directory, ignore_errors=True)
+                if self._processes.first:  # its members have checkpoints of their own by now
+                    shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
-
-class GroupRun(Run):
-    """The runs of a group in one program: `Run` with many records, and a checkpoint of them all."""
-
-    def __init__(self, records: Sequence[Record], directory: Path, programs: Programs, started: float, ledger: Ledger):
-        for record in records:
-            record.stopped = ledger.is_over(record.name)  # diverged, before the group was interrupted
-        self._ledger = ledger
-        ledger.mark([record.name for record in records], "running")
-        super().__init__(records, directory, programs, started)
-
-    def _described(self) -> dict[str, Any]:
-        members = {
-            record.name: {"config": record.config.to_dict(), "rows": len(record.rows)} for record in self._records
-        }
-        return {"config": members, "rows": sum(member["rows"] for member in members.values())}
-
-    def _require_fit(self, meta: Mapping[str, Any]) -> None:
-        saved = meta["config"]
-        if list(saved) != [record.name for record in self._records]:
-            raise RunError(
-                f"{self._directory}: got checkpoints of other members, expected {self._records[0].name} and those "
-                f"that the ledger groups it with. Remove {self._directory}, and they start afresh."
+    def _train_group(self, number: int, names: Sequence[str], progress: SweepProgress) -> int:
+        started, configs = time.monotonic(), [self._members[name].config for name in names]
+        programs = self._programs_of(configs)
+        progress.start(number, names, programs.total_steps)
+        records = []
+        for name, config in zip(names, configs, strict=True):
+            records.append(Record(config, self._workdir.member(name), programs.selection, name))
+            records[-1].diverged = self._ledger.members[name]["status"] == "diverged"
+        with self._processes.together():
+            self._ledger.mark(names, "running")
+        checkpoints = self._workdir.group_checkpoints(number)
+        loop = Loop(records, checkpoints, programs, configs[0].train, self._processes, started)
+        with contextlib.closing(loop):
+            loop.run(
+                self._received,
+                progress,
+                on_save=lambda step: self._ledger.mark([record.name for record in loop.active], "running", step),
+                on_divergence=lambda diverged: self._mark_diverged(loop, diverged),
             )
-        for record in self._active():
-            record.require_fit(saved[record.name]["config"], meta["step"], saved[record.name]["rows"])
+            self._finish(loop, records, checkpoints, programs)
+        return loop.step
 
-    def _save(self) -> None:
-        super()._save()
-        self._ledger.mark([record.name for record in self._active()], "running", self.step)
+    def _programs_of(self, configs: Sequence[ConfigDict]) -> Programs:
+        """The programs of these members: the last ones, if they were compiled for as many of the same kind."""
+        key = (len(configs), program_key(configs[0]))
+        if self._programs is not None and key == self._compiled_for:
+            self._programs = self._programs.with_members(configs)
+        else:
+            self._programs = None  # what it has on the devices goes before the next one's comes
+            dataset = self._datasets.of(configs[0])
+            if self._processes.count > 1:
+                self._processes.require_same(data=dataset.fingerprint())
+            self._programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, len(configs)))
+            self._compiled_for = key
+        return self._programs
 
-    def _diverged(self, record: Record, step: int) -> None:
-        """Marks the member, which the step has frozen, and lets the others train on."""
-        with self._saving(record, self._programs.held(self._state)[self._records.index(record)], step):
-            record.stopped = True
-        most = self._config.train.max_skipped_steps
-        self._ledger.mark([record.name], "diverged", step, f"{most} steps in a row not finite, up to step {step}")
+    def _mark_diverged(self, loop: Loop, diverged: Sequence[tuple[Record, int]]) -> None:
+        """Notes that members, which their steps have frozen, are over; the others train on."""
+        loop.save()  # first: a member that the ledger has as over is in a checkpoint
+        loop.saved_steps()  # which is whole by now
+        with self._processes.together():
+            for record, step in diverged:
+                most = record.config.train.max_skipped_steps
+                reason = f"{most} steps in a row not finite, up to step {step}"
+                self._ledger.mark([record.name], "diverged", step, reason)
 
-    def finish(self) -> dict[str, Any]:
-        """Writes each member's checkpoint and summary, and marks it done; returns the summaries."""
-        summaries = {}
-        with self._timing.clock("checkpoint"), contextlib.ExitStack() as stack:  # at whose end all of them are saved
-            for number, state in self._programs.held(self._state).items():
-                if not self._records[number].stopped:
-                    stack.enter_context(self._saving(self._records[number], state, self.step))
-        device = mesh.device_name(self._programs.devices)
-        for record in self._active():
-            summaries[record.name] = record.finish(self.step, [self.step], self._timing.seconds(), device)
-        self._ledger.mark(summaries, "done", self.step)
-        return summaries
+    def _finish(self, loop: Loop, records: Sequence[Record], checkpoints: Path, programs: Programs) -> None:
+        """Writes each member's own checkpoint and summary, and marks it done."""
+        step = loop.saved_steps()[-1]
+        with self._processes.together():
+            if self._processes.first:
+                with loop.timing.clock("checkpoint"):
+                    self._save_members(records, checkpoints, step, programs)
+            device, seconds = mesh.device_name(programs.devices), loop.timing.seconds()
+            for record in loop.active:
+                record.finish(step, [step], seconds, device)
+            self._ledger.mark([record.name for record in loop.active], "done", step)
 
-    def _saving(self, record: Record, state: Any, step: int) -> contextlib.AbstractContextManager:
-        """Saves a member's checkpoint, from which it can be continued alone; it is saved when the context ends."""
-        record.flush()
-        checkpoints = Checkpoints(record.workdir / "checkpoints")
-        checkpoints.save(step, state, record.config.to_dict(), None, len(record.rows))
-        return contextlib.closing(checkpoints)
+    def _save_members(self, records: Sequence[Record], checkpoints: Path, step: int, programs: Programs) -> None:
+        """Saves a checkpoint of each member, from which it can be continued alone, out of that of the group.
+
+        In process 0 alone: orbax saves arrays of the host in no other.
+        """
+        state, meta = restore(checkpoints, step, programs.template())
+        runs = list(zip(records, programs.split(state), meta["runs"], strict=True))
+        for first in range(0, len(runs), _SAVES_AT_ONCE):
+            with contextlib.ExitStack() as stack:  # at whose end all of them are saved
+                for record, own, described in runs[first : first + _SAVES_AT_ONCE]:
+                    saved = Checkpoints(record.workdir.checkpoints, alone=True)
+                    stack.callback(saved.close)
+                    saved.save(int(own.step), own, {"runs": [{**described, "name": ""}]})
+
+
+def _kind(error: Exception) -> str:
+    return "RunError" if isinstance(error, SharedError) else type(error).__name__

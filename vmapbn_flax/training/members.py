@@ -17,8 +17,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.data import Dataset
+from vmapbn_flax.training.hyperparameters import Hyperparameters, make_hyperparameters
 from vmapbn_flax.training.mesh import DATA, MEMBER
-from vmapbn_flax.training.state import Hyperparameters, create_state, make_hyperparameters, make_network
+from vmapbn_flax.training.state import create_state, make_network
 
 
 def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":

@@ -12,10 +12,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, UInt8
 from ml_collections import ConfigDict
 
+from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
 from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics
 from vmapbn_flax.training.state import (
-    Hyperparameters,
     TrainState,
     learning_rate,
     make_network,
@@ -86,7 +86,7 @@ def make_loss(model: ConfigDict, num_classes: int) -> Callable:
             mutable=["batch_stats"],
         )
         logits = logits.reshape(-1, num_classes)  # (group, ghost, classes) -> (batch, classes)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, num_classes), hyper.label_smoothing)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, num_classes), hyper["train.label_smoothing"])
         losses = optax.softmax_cross_entropy(logits, targets)
         if batch.mask is None:
             total = jnp.mean(losses)
@@ -239,7 +239,7 @@ def make_population_statistics(model: ConfigDict, num_classes: int, layout: Layo
     def statistics(
         params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "examples features"]
     ) -> Any:
-        network = make_network(model, num_classes, hyper.replace(batch_norm_momentum=0.0))
+        network = make_network(model, num_classes, hyper | {"model.batch_norm_momentum": 0.0})
         variables = {"params": params, "batch_stats": batch_stats}
         inputs = to_inputs(layout.whole_images(images))
         _, updates = network.apply(variables, inputs, train=True, mutable=["batch_stats"])

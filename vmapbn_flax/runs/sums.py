@@ -1,29 +1,11 @@
-"""Digests by which a checkpoint is known to be what was saved: of its arrays in memory, and of its files."""
+"""Sums of a checkpoint's files, by which it is known to be what was saved; orbax has none."""
 
 import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from vmapbn_flax.files import write_whole
 
-Arrays = Mapping[str, np.ndarray]
-
 _SUMS = "SHA256"  # for `sha256sum --check`
-
-
-def digest(arrays: Arrays, meta: Mapping[str, Any]) -> str:
-    """SHA-256 over `meta` without its digest, and the names, types, shapes and bytes of `arrays`."""
-    sha = hashlib.sha256()
-    said = {key: value for key, value in meta.items() if key != "digest"}
-    sha.update(json.dumps(said, sort_keys=True).encode() + b"\n")
-    for name, array in sorted(arrays.items()):
-        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()
 
 
 def write_sums(path: Path) -> None:

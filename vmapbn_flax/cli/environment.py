@@ -1,6 +1,9 @@
-"""Compiled programs, kept from one start to the next by JAX, in the user's cache directory."""
+"""What the command line changes in its process, and an import of the package does not."""
 
+import atexit
 import contextlib
+import gc
+import logging
 import os
 import re
 import sys
@@ -10,6 +13,33 @@ from pathlib import Path
 from typing import Any
 
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(\w+)': (.*)", re.DOTALL)
+
+
+def prepare() -> None:
+    """Makes all changes but those of `forgo_torch`; to be called before JAX is imported."""
+    atexit.register(gc.freeze)  # or the interpreter searches JAX for garbage before it exits, which takes half a second
+    keep_compiled_programs()
+    _quieten_orbax()
+
+
+def forgo_torch() -> None:
+    """Has imports of torch fail, unless it is there: tensorboardX would take two seconds to import it, for nothing."""
+    sys.modules.setdefault("torch", None)
+
+
+def _quieten_orbax() -> None:
+    """Leaves out what orbax logs: dozens of lines a save, and, when one fails, tracebacks of what is raised as well.
+
+    Of its own, of tasks that it leaves behind, and of event loops that it closes while its threads still call them.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable: Any, report: Callable[[Any], None] = sys.unraisablehook) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
 
 
 def keep_compiled_programs() -> None:

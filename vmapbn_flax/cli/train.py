@@ -1,0 +1,27 @@
+"""`vmapbn-flax train`: trains or resumes a run, or with values in `config.sweep` a sweep."""
+
+import argparse
+
+from vmapbn_flax.cli import environment
+from vmapbn_flax.config import is_sweep, validate
+from vmapbn_flax.data import bundled
+
+
+def run(arguments: argparse.Namespace, started: float) -> int:
+    """Trains; 1 if members of a sweep have failed."""
+    environment.forgo_torch()
+    config, path = arguments.config, arguments.workdir
+    if is_sweep(config):
+        from vmapbn_flax.sweeps.train import train_sweep
+
+        return 1 if train_sweep(config, path).count("failed") else 0
+    validate(config)
+    if config.data.name == bundled.NAME:
+        bundled.read_ahead(config.data.dir)  # beside the imports that follow
+    from vmapbn_flax.runs.train import train
+    from vmapbn_flax.runs.workdir import Workdir
+    from vmapbn_flax.sweeps.ledger import refuse_unfinished_member
+
+    refuse_unfinished_member(Workdir(path))
+    train(config, path, started)
+    return 0

@@ -1,0 +1,75 @@
+"""Every field of a run's config, with its default. `vmapbn_flax.config.FIELDS` says which values are valid."""
+
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """The config that every other one starts from.
+
+    >>> from vmapbn_flax import default_config
+    >>> config = default_config()
+    >>> config.train.num_epochs = 5.0
+    >>> config.sweep.optimizer.learning_rate = (1e-3, 1e-2)
+
+    It is locked but for `sweep`: a misspelt field raises an AttributeError.
+    """
+    config = ConfigDict()
+    config.seed = 0  # of everything random; an integer in [0, 2**32)
+
+    config.data = data = ConfigDict()
+    data.name = "mnist"  # "mnist" is bundled; any other is a prepared tensorflow-datasets set
+    data.dir = ""  # where the data lies; "": the bundled files, $TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.validation_size = 0  # examples held out from the end of the training set, for selection
+    data.memory_limit = 2.0  # gigabytes; a set that is larger as arrays is streamed from its files
+
+    config.model = model = ConfigDict()
+    model.norm = "vmap"  # "vmap": one-example network; "batched": the textbook's; "none": no batch norm
+    model.hidden = (100, 100, 100)  # widths of the hidden layers
+    model.batch_norm_momentum = 0.99  # decay of the running statistics per step, in [0, 1)
+    model.batch_norm_epsilon = 1e-5  # added to the variance
+    model.ghost_batch_size = 0  # examples normalised together in training; 0: the whole batch
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"  # "adam", "adamw" (decoupled weight decay) or "sgd"
+    optimizer.learning_rate = 1e-2  # the highest of the schedule
+    optimizer.schedule = "cosine"  # after the warm-up: "cosine" to zero, or "constant"
+    optimizer.warmup_epochs = 1.0  # linear from zero
+    optimizer.weight_decay = 0.0  # of the kernels, in units of the parameter per unit of learning rate
+    optimizer.adam_b1 = 0.9  # decay of Adam's first moment
+    optimizer.adam_b2 = 0.999  # decay of Adam's second moment
+    optimizer.sgd_momentum = 0.9  # decay of SGD's velocity
+
+    config.train = train = ConfigDict()
+    train.batch_size = 128  # examples
+    train.num_epochs = 20.0  # passes over the training set; may be a fraction
+    train.label_smoothing = 0.0  # probability spread evenly over all classes, in [0, 1)
+    train.log_every = 100  # steps between training rows in metrics.jsonl
+    train.eval_every = 1.0  # epochs between evaluations; each ends in a checkpoint
+    train.eval_batch_size = 1000  # examples; changes speed and memory only
+    train.max_skipped_steps = 10  # non-finite steps in a row that end the run
+    train.profile = False  # write a trace of a few steps to profile/ in the workdir
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = 0  # devices along the batch axis; 0: every GPU or TPU, one CPU device a process; sweeps: one
+    mesh.member = 0  # devices along the axis of a sweep's members; 0: all there are
+    mesh.cpu_devices = 0  # devices that a CPU is divided into; 0: what mesh.data asks for; sweeps: one a core
+    mesh.replicate_limit = 2**30  # bytes of images up to which each device holds all of them; beyond, a share
+
+    config.distributed = distributed = ConfigDict()
+    distributed.coordinator = ""  # "host:port" of process 0, for many processes; "slurm": as srun says
+    distributed.num_processes = 1  # with a "host:port"
+    distributed.process_id = 0  # with a "host:port": which of them this is; process 0 writes the workdir
+
+    # A tuple of values for each field to sweep, such as `config.sweep.optimizer.learning_rate = (1e-3, 1e-2)`.
+    config.sweep = ConfigDict({"data": {}, "model": {}, "optimizer": {}, "train": {}})
+
+    config.sweep_options = sweep_options = ConfigDict()
+    sweep_options.mode = "product"  # of all values; "zip": one of each in turn; "random": `size` draws
+    sweep_options.size = 16  # draws, from tuples of choices, ("uniform", low, high) or ("log_uniform", low, high)
+    sweep_options.seed = 0  # of the draws
+    sweep_options.chunk = 0  # members that train together at most; 0: as many as memory holds
+    sweep_options.on_failure = "continue"  # with the other groups of members, or "stop"
+
+    config.lock()
+    config.sweep.unlock()
+    return config

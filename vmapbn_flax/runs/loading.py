@@ -1,0 +1,41 @@
+"""What a run left in its workdir, read again."""
+
+from ml_collections import ConfigDict
+
+from vmapbn_flax.config import validate
+from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.runs.checkpoints import restore, saved_steps
+from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.training.programs import Programs
+from vmapbn_flax.training.state import TrainState
+
+
+def load_config(workdir: Workdir) -> ConfigDict:
+    """The config of the run in `workdir`.
+
+    Raises:
+      RunError: there is none, or it is damaged.
+    """
+    saved = workdir.read_config()
+    try:
+        config = ConfigDict(saved)
+        validate(config)
+    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+        raise RunError(
+            f"{workdir.config}: got a config that does not fit ({error}), expected one that a run wrote"
+        ) from None
+    return config
+
+
+def load_state(workdir: Workdir, step: int | None, programs: Programs) -> TrainState:
+    """The state of `step`, by default the newest, from the checkpoints in `workdir`, on the host.
+
+    Raises:
+      RunError: there is none, it is damaged, or it is of another model.
+    """
+    directory = workdir.checkpoints
+    steps = saved_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        wanted = "a checkpoint" if step is None else f"step {step}"
+        raise RunError(f"{directory}: got steps {steps}, expected {wanted}; train the run, or choose one of those")
+    return restore(directory, steps[-1] if step is None else step, programs.template())[0]

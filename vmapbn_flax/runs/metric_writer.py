@@ -1,0 +1,44 @@
+"""The only code that writes down what a run measures."""
+
+import math
+from collections.abc import Mapping
+
+from vmapbn_flax.files import AppendLog
+from vmapbn_flax.runs.workdir import Workdir
+
+
+class MetricWriter:
+    """Writes scalars to `metrics.jsonl` and to TensorBoard event files in one workdir.
+
+    The methods are those of `clu.metric_writers.MetricWriter`, which itself needs TensorFlow. Rows after
+    `resume_step` are dropped, so that a resumed run has one row per step.
+    """
+
+    def __init__(self, workdir: Workdir, resume_step: int):
+        from vmapbn_flax.runs.tensorboard import EventFile  # while the device compiles: tensorboardX takes its time
+
+        self._log = AppendLog(workdir.metrics)
+        self._log.cut_back(lambda row: row["step"] <= resume_step)
+        self._events = EventFile(workdir.path, first_step=resume_step + 1)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float | int]) -> None:
+        """Appends one row; what is not finite is null in `metrics.jsonl`."""
+        self._log.append({"step": step, **finite(scalars)})
+        self._events.add_scalars(scalars, step)
+
+    def write_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
+        """Fills TensorBoard's hparams tab; a result of None is NaN there."""
+        self._events.add_hparams(hparams, results)
+
+    def flush(self) -> None:
+        self._log.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        self._log.close()
+        self._events.close()
+
+
+def finite(scalars: Mapping[str, float | int]) -> dict[str, float | int | None]:
+    """`scalars` with None for those that are not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in scalars.items()}

@@ -1,0 +1,29 @@
+"""The numbers of a run that its compiled programs take as arguments."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vmapbn_flax.config import FIELDS, flat
+
+# The traced fields of a config by their names, such as `hyper["optimizer.learning_rate"]`: scalars, a stack of them
+# around a vmap, and whatever else JAX rebuilds a pytree with.
+Hyperparameters = dict[str, Any]
+
+
+def steps_in(epochs: float, steps_per_epoch: int) -> int:
+    """Epochs, which may be fractions, as a whole number of steps."""
+    return round(epochs * steps_per_epoch)
+
+
+def make_hyperparameters(config: ConfigDict, steps_per_epoch: int) -> Hyperparameters:
+    """The traced fields of `config`; `optimizer.warmup_epochs` arrives as `optimizer.warmup_steps`, and so on."""
+    values, hyper = flat(config), {}
+    for name, field in FIELDS.items():
+        if field.traced is None:
+            continue
+        value = values[name]
+        if name.endswith("_epochs"):
+            name, value = name.replace("_epochs", "_steps"), steps_in(value, steps_per_epoch)
+        hyper[name] = field.traced(value)
+    return hyper
