@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.training.hyperparameters import Hyperparameters, make_hyperparameters
 from vmapbn_flax.training.mesh import DATA, MEMBER
-from vmapbn_flax.training.state import create_state, make_network
+from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.state import create_state
 
 
 def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":

@@ -22,7 +22,8 @@ from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, compute
-from vmapbn_flax.training.state import TrainState, create_state, learning_rate
+from vmapbn_flax.training.optimizer import learning_rate
+from vmapbn_flax.training.state import TrainState, create_state
 from vmapbn_flax.training.stream import Stream
 
 _STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
