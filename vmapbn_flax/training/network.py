@@ -12,16 +12,16 @@ from vmapbn_flax.training.hyperparameters import Hyperparameters
 
 def make_network(model: ConfigDict, num_classes: int, hyper: Hyperparameters, *, ghost: bool = False) -> nn.Module:
     """The network of `config.model`, on `(batch, features)`, or `(group, batch, features)` with `ghost`."""
-    sizes = {"hidden": tuple(model.hidden), "num_classes": num_classes}
+    hidden = tuple(model.hidden)
     numbers = {
         "momentum": hyper["model.batch_norm_momentum"],
         "epsilon": hyper["model.batch_norm_epsilon"],
         "replica_axis_name": "group" if ghost else (),
     }
     if model.norm == "none":
-        return VmapBatch(MLP(**sizes, norm=None))
+        return VmapBatch(MLP(hidden, num_classes, norm=None))
     if model.norm == "vmap":
-        network = MLP(**sizes, norm=partial(BatchNorm, **numbers))
+        network = MLP(hidden, num_classes, norm=partial(BatchNorm, **numbers))
         return VmapBatch(network, axis_name=("group", "batch") if ghost else "batch")
-    network = BatchedMLP(**sizes, norm=partial(BatchedBatchNorm, **numbers))
+    network = BatchedMLP(hidden, num_classes, norm=partial(BatchedBatchNorm, **numbers))
     return VmapBatch(network, axis_name="group") if ghost else network
