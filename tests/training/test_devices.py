@@ -254,7 +254,7 @@ def test_restored_on_another_count(tmp_path, before, after):
     checkpoints.close()
     metadata = (tmp_path / "20" / "state" / "_METADATA").read_text()
     assert set(re.findall(r'"value_type": "([\w.]+)"', metadata)) == {"np.ndarray"}  # nothing of the devices it is from
-    restored = restore(tmp_path, 20, make(after).template())
+    restored, _ = restore(tmp_path, 20, make(after).template())
     small.assert_same_bits(restored, saved)
     result = train_on(make(after), make(after).place(restored), 20)
     assert len(result["losses"]) == STEPS - 20
