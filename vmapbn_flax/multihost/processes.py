@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -27,7 +27,7 @@ from vmapbn_flax.multihost import distributed
 _FAILURE = "vmapbn_flax/failure"
 _LOOK_SECONDS = 1.0  # between two looks for a failure
 _NOTICE_SECONDS = 5.0  # that a failed process gives the others to take notice
-_SILENCE_SECONDS = 8.0  # in which a failure explains a broken connection, or a process is taken for dead
+_EXPLANATION_SECONDS = 1.0  # that a failure has to show up in, which broke a connection; else that process is dead
 
 
 class SharedError(RunError):
@@ -94,22 +94,23 @@ class Processes:
         shared.exit_status = exit_status
         return shared
 
-    def require_same(self, **facts: Any) -> None:
-        """Refuses to go on where processes differ in a fact.
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Refuses to go on where processes differ in one of these facts.
 
         Raises:
           UsageError: in every process, with the fact's name and two of its values.
         """
         with self.together() as agreement:
-            agreement.say(facts=facts)
+            agreement.say(facts=dict(facts))
         first = agreement.heard[0]["facts"]
         for index, heard in enumerate(agreement.heard):
-            for name, value in heard["facts"].items():
-                if value != first[name]:
+            for name in {**first, **heard["facts"]}:
+                here, there = first.get(name), heard["facts"].get(name)
+                if here != there:
                     raise UsageError(
-                        f"got {name} that differs between processes (process 0: {_shortened(first[name])}, process "
-                        f"{index}: {_shortened(value)}); expected the same in all. Give every process the same "
-                        f"command line but for config.distributed.process_id, the same data and the same packages."
+                        f"{name}: got {here} in process 0 and {there} in process {index}; expected the same in all. "
+                        f"Give every process the same command line but for config.distributed.process_id, the same "
+                        f"data and the same packages."
                     )
 
     def _gather(self, said: dict[str, Any]) -> list[dict[str, Any]]:
@@ -151,7 +152,7 @@ class Processes:
         """Ends all processes because of an error in this one, or in a process that this one has lost."""
         status, message = _described(error)
         if status is None:  # a connection broke: the failure of the process behind it may be on its way
-            end = time.monotonic() + _SILENCE_SECONDS
+            end = time.monotonic() + _EXPLANATION_SECONDS
             while (failure := self._posted()) is None and time.monotonic() < end:
                 time.sleep(0.1)
             if failure is None:
@@ -195,8 +196,9 @@ def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[Pr
     processes = Processes()
     try:
         yield processes
-    except Interrupted:
+    except Interrupted as stop:
         processes.part()
+        stop.said = processes.first
         raise
     except BaseException as error:
         processes.fail(error)
@@ -217,8 +219,3 @@ def _described(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
         return None, f"{distributed.LOST} ({distributed.first_line(error)})"
     return 1, "".join(traceback.format_exception(error))
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 100 else f"{text[:97]}..."
