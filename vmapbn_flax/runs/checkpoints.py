@@ -194,13 +194,12 @@ def _read(path: Path) -> tuple[Arrays, Meta]:
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
             items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
             saved = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
-        meta = saved["meta"]
+        meta, count = saved["meta"], len(saved["meta"]["runs"])
         if str(meta["step"]) != path.name:
             raise ValueError(f"it was saved as step {meta['step']}")
     # Damage raises whatever the layer that trips over it raises, `Exception` itself included.
     except Exception as error:
         raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
-    count = len(meta.get("runs", ()))
     if count > 1:  # of many processes, whose devices it did not divide over, there are rows of padding
         return {name: array[:count] for name, array in saved["state"].items()}, meta
     return saved["state"], meta
