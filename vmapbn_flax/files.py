@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
@@ -71,7 +72,7 @@ class AppendFile:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = None
+        self._file: io.FileIO | None = None
 
     def write(self, data: bytes) -> None:
         try:

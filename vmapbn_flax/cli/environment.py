@@ -24,7 +24,7 @@ def prepare() -> None:
 
 def forgo_torch() -> None:
     """Has imports of torch fail, unless it is there: tensorboardX would take two seconds to import it, for nothing."""
-    sys.modules.setdefault("torch", None)
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None: the import fails
 
 
 def _quieten_orbax() -> None:

@@ -26,7 +26,8 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         stray = values(argv)[1:]
-        config, source = values["config"].value, values["config"].config_filename
+        config = values["config"].value
+        source = config_flags.get_config_filename(values["config"])
         getattr(config, "lock", None)  # which is where a file that could not be read says so
     except UserError:
         raise

@@ -67,7 +67,7 @@ class Processes:
         if self.count > 1:
             from jax._src.distributed import global_state  # the client has no public name
 
-            self._client = global_state.client
+            self._client: Any = global_state.client
             threading.Thread(target=self._look_for_failure, name="look_for_failure", daemon=True).start()
 
     @contextlib.contextmanager

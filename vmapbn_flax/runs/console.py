@@ -3,9 +3,12 @@
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from io import TextIOBase
+from io import StringIO
+from typing import IO
 
 from tqdm import tqdm
+
+TextFile = IO[str] | StringIO  # a StringIO has no `mode`, so that run-time checks take it for no IO
 
 
 def say(message: str) -> None:
@@ -41,7 +44,7 @@ class Progress(contextlib.AbstractContextManager):
             say(f"step {step} of {self._total_steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file: TextIOBase | None = None) -> None:
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file: TextFile | None = None) -> None:
     """Prints rows of cells in columns, to standard error unless `file` says otherwise."""
     from rich import box
     from rich.console import Console

@@ -249,7 +249,7 @@ class Loop:
         if len(self._records) > 1:  # that of each is another
             return None
         best = self._records[0].best_row([self.step, *self._checkpoints.steps()])
-        return best and best["step"]
+        return best["step"] if best else None
 
     def saved_steps(self) -> list[int]:
         """The steps of the checkpoints, all of them whole on the disk."""

@@ -97,6 +97,7 @@ class Record:
     def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float], device: str) -> dict[str, Any]:
         """Writes the last evaluation's figures to TensorBoard's hparams and the summary, which it returns."""
         best = self.best_row(saved)
+        assert best is not None, "the last step is evaluated"
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
         results = {f"hparam/{name}": value for name, value in evaluation.items() if not name.endswith("_count")}
         if self._writer:

@@ -34,11 +34,11 @@ class EventFile(AppendFile):
     def add_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
         """Fills the hparams tab; a result of None is NaN there."""
         # TensorBoard has no lists, and tensorboardX leaves out what it has no type for.
-        hparams = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
-        results = {key: math.nan if value is None else value for key, value in results.items()}
-        for part in summary.hparams(hparams, results):
+        known = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
+        scalars = {key: math.nan if value is None else value for key, value in results.items()}
+        for part in summary.hparams(known, scalars):
             self._append(summary=part)
-        self.add_scalars(results)
+        self.add_scalars(scalars)
 
     def _append(self, **content: object) -> None:
         """Writes a TFRecord: the length and the event, each followed by its checksum."""

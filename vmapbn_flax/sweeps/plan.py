@@ -21,8 +21,8 @@ _MEMORY_SHARE = 0.5  # of the devices' memory, that a group chosen automatically
 class Datasets:
     """The data sets of a sweep, of which the last used is kept."""
 
-    def __init__(self):
-        self._key, self._dataset = None, None
+    def __init__(self) -> None:
+        self._loaded: dict[tuple, Dataset] = {}
 
     def of(self, config: ConfigDict) -> Dataset:
         """The data set of a member.
@@ -32,15 +32,16 @@ class Datasets:
         """
         data = config.data
         key = (data.name, data.dir, data.validation_size, data.memory_limit)
-        if key != self._key:
-            self._key, self._dataset = key, load_dataset(data)
-        if self._dataset.streamed:  # each member would have windows of its own, in its own order
+        if key not in self._loaded:
+            self._loaded = {key: load_dataset(data)}
+        dataset = self._loaded[key]
+        if dataset.streamed:  # each member would have windows of its own, in its own order
             raise UsageError(
                 f"config.data.memory_limit: got {data.memory_limit}, expected at least "
-                f"{self._dataset.gigabytes}, for {data.name}, which the members of a sweep share in memory. "
+                f"{dataset.gigabytes}, for {data.name}, which the members of a sweep share in memory. "
                 f"Raise it with --config.data.memory_limit=..., or train the members one by one."
             )
-        return self._dataset
+        return dataset
 
 
 def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member], datasets: Datasets) -> Ledger:

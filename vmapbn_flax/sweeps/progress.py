@@ -13,7 +13,8 @@ class SweepProgress(Progress):
         super().__init__(0, 0, shown=shown)
         self._ledger = ledger
         self._best: tuple[float, str] | None = None
-        self._number, self._names = 0, []
+        self._number = 0
+        self._names: Sequence[str] = ()
 
     def start(self, number: int, names: Sequence[str], total_steps: int) -> None:
         """The group `number`, of members that take `total_steps` each, is next."""

@@ -4,7 +4,6 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from io import TextIOBase
 
 from vmapbn_flax.runs import console
 from vmapbn_flax.runs.workdir import Workdir
@@ -12,7 +11,7 @@ from vmapbn_flax.sweeps.pictures import plot_sweep
 from vmapbn_flax.sweeps.results import SELECTION, Result, Setting, read_settings
 
 
-def report(workdir: Workdir, file: TextIOBase | None = None) -> Result | None:
+def report(workdir: Workdir, file: console.TextFile | None = None) -> Result | None:
     """Prints the ranking of the sweep in `workdir`, draws `sweep.png` there, and returns the best member.
 
     That is the best of the best setting by validation accuracy; None where no member is done.

@@ -44,8 +44,8 @@ class Setting(NamedTuple):
 
     def best(self) -> Result | None:
         """The member that selection prefers."""
-        done = [member for member in self.members if member.figure(SELECTION) is not None]
-        return max(done, key=lambda member: member.figure(SELECTION), default=None)
+        found = [(figure, member) for member in self.members if (figure := member.figure(SELECTION)) is not None]
+        return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def read_settings(workdir: Workdir) -> list[Setting]:
