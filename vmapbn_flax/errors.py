@@ -26,8 +26,14 @@ def unwritable(path: object, error: OSError) -> RunError:
 
 
 class Interrupted(Exception):
-    """Training stopped for a signal, after it saved."""
+    """Training stopped for a signal, after it saved.
+
+    Attributes:
+      exit_status: of the process.
+      said: whether this process is the one to say so.
+    """
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped at step {step}, which is saved; the same command resumes")
         self.exit_status = 128 + signum
+        self.said = True

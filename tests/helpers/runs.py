@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tests.helpers import small
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.runs.checkpoints import restore, saved_steps
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.report import report
 from vmapbn_flax.training.programs import Programs
 
@@ -30,7 +31,7 @@ def outcome(workdir):
     if (workdir / "sweep.json").exists():
         members = json.loads((workdir / "sweep.json").read_text())["members"]
         printed = io.StringIO()
-        report(workdir, file=printed)
+        report(Workdir(workdir), file=printed)
         return files | {
             "ledger": contents(workdir / "sweep.json"),
             "report": printed.getvalue().replace(str(workdir), ""),
@@ -50,7 +51,7 @@ def contents(path):
 
 def state_bytes(workdir, step):
     """The arrays of a checkpoint by name: type, shape and bytes."""
-    state = restore(workdir / "checkpoints", step, _template((workdir / "config.json").read_text()))
+    state, _ = restore(workdir / "checkpoints", step, _template((workdir / "config.json").read_text()))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): (leaf.dtype.name, leaf.shape, leaf.tobytes()) for path, leaf in leaves}
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     except UserError as error:
         return _report(str(error), error.exit_status)
     except Interrupted as stop:
-        return _report(str(stop), stop.exit_status)
+        return _report(str(stop), stop.exit_status) if stop.said else stop.exit_status
     except KeyboardInterrupt as stop:
         return _report(signals.STOPPED, 128 + (stop.args or (signal.SIGINT,))[0])
     except (MemoryError, RuntimeError) as error:

@@ -195,8 +195,9 @@ def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[Pr
     processes = Processes()
     try:
         yield processes
-    except Interrupted:
+    except Interrupted as stop:
         processes.part()
+        stop.said = processes.first
         raise
     except BaseException as error:
         processes.fail(error)
