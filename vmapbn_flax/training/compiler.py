@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -100,7 +100,7 @@ class Compiler:
         return self._programs[program.name]
 
 
-def _compile(lowered: Lowered, cpu_options: Mapping[str, Any]) -> Compiled:
+def _compile(lowered: Lowered, cpu_options: dict[str, Any]) -> Compiled:
     if jax.default_backend() != "cpu":
         return lowered.compile()
     try:

@@ -102,7 +102,7 @@ class Whole(Layout):
 
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
         rows = self._constrain(self._constrain(rows), DATA)  # first whole, or the compiler divides and gathers them
-        return tuple(self._constrain(_rows(array, rows), DATA) for array in (images, labels))
+        return self._constrain(_rows(images, rows), DATA), self._constrain(_rows(labels, rows), DATA)
 
 
 class Columns(Layout):
@@ -125,8 +125,8 @@ class Columns(Layout):
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
         rows = self._constrain(rows)  # or the compiler divides them, and gathers them again
         parts = self._constrain(_rows(images, rows), None, DATA)
-        taken = self.whole_images(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
-        return tuple(self._constrain(array, DATA) for array in taken)
+        images, labels = self.whole_images(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
+        return self._constrain(images, DATA), self._constrain(labels, DATA)
 
     def whole_images(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
         return images[:, : self._num_features]
@@ -142,11 +142,12 @@ class InBatches(Layout):
     ) -> Arrays:
         share = self.share(batches, group)
         split = read(share.reshape(-1))
-        sharding = self._sharding(None, DATA)
-        return tuple(
-            jax.make_array_from_process_local_data(sharding, array.reshape(*share.shape, *array.shape[1:]))
-            for array in (_flat(split), split.labels)
-        )
+
+        def put_share(array: np.ndarray) -> Array:
+            in_batches = array.reshape(*share.shape, *array.shape[1:])
+            return jax.make_array_from_process_local_data(self._sharding(None, DATA), in_batches)
+
+        return put_share(_flat(split)), put_share(split.labels)
 
     def share(self, batches: Int[np.ndarray, "batches batch"], group: int = 1) -> Int[np.ndarray, "batches share"]:
         """Which rows of the batches the devices of this process get, and -1 for padding."""
@@ -155,8 +156,10 @@ class InBatches(Layout):
         return np.split(padded, jax.process_count(), axis=1)[jax.process_index()]
 
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
-        taken = (lax.dynamic_index_in_dim(array, number, keepdims=False) for array in (images, labels))
-        return tuple(self._constrain(array, DATA) for array in taken)
+        def take_one(array: Array) -> Array:
+            return self._constrain(lax.dynamic_index_in_dim(array, number, keepdims=False), DATA)
+
+        return take_one(images), take_one(labels)
 
 
 def _flat(split: Split) -> UInt8[np.ndarray, "examples features"]:

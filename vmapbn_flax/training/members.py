@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.training.hyperparameters import Hyperparameters, make_hyperparameters
 from vmapbn_flax.training.mesh import DATA, MEMBER
-from vmapbn_flax.training.state import create_state, make_network
+from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.state import create_state
 
 
 def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":
@@ -115,7 +116,7 @@ class Stacked:
         mine = [number for number in range(self.count) if self._process(number) == jax.process_index()]
         leaves, structure = jax.tree.flatten(tree)
         of_members = zip(*(_addressable_rows(leaf, mine) for leaf in leaves), strict=True)
-        return {number: structure.unflatten(rows) for number, rows in zip(mine, of_members, strict=True)}
+        return {number: jax.tree.unflatten(structure, rows) for number, rows in zip(mine, of_members, strict=True)}
 
     def _process(self, number: int) -> int:
         """The lowest index of the processes whose devices have this member."""

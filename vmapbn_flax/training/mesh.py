@@ -101,7 +101,7 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def _replicated(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+    if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
         return leaf
     return _replicate(leaf.sharding.mesh)(leaf)
 

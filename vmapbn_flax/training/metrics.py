@@ -10,7 +10,7 @@ from clu import metrics
 class TrainMetrics(metrics.Collection):
     """Means over training examples."""
 
-    loss: metrics.Average.from_output("loss")
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
     accuracy: metrics.Accuracy
 
 
@@ -18,7 +18,7 @@ class TrainMetrics(metrics.Collection):
 class EvalMetrics(metrics.Collection):
     """Means over a data set, every example counted once."""
 
-    loss: metrics.Average.from_output("loss")
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
     accuracy: metrics.Accuracy
 
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,15 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.config import validate_sizes
-from vmapbn_flax.data import Dataset
+from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.compiler import Compiler, Program
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, compute
-from vmapbn_flax.training.state import TrainState, create_state, learning_rate
+from vmapbn_flax.training.optimizer import learning_rate
+from vmapbn_flax.training.state import TrainState, create_state
 from vmapbn_flax.training.stream import Stream
 
 _STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
@@ -61,7 +63,7 @@ class Programs:
             devices = None
         self.count = len(configs)
         self._members = make_members(self.count, devices)
-        self._sharding = devices and NamedSharding(devices, self._members.spec)
+        self._sharding = None if devices is None else NamedSharding(devices, self._members.spec)
         self.layout = make_layout(devices, dataset, config.mesh.replicate_limit)
         self.compiler = Compiler()
 
@@ -88,13 +90,13 @@ class Programs:
             )
         else:
             splits = {"train": dataset.train, **self._eval_splits}
-            self._data = {name: self.layout.put(split) for name, split in splits.items()}
+            self._data = {name: self.layout.put(cast(Split, split)) for name, split in splits.items()}
 
     def _set_members(self, configs: Sequence[ConfigDict]) -> None:
         self._seeds = [config.seed for config in configs]
         self._hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
         self.hyper = self.place(self._members.stack(self._hypers))
-        self._epoch_order = (-1, None)
+        self._epoch_order: tuple[int, Any] = (-1, None)
 
     def _make_programs(self, config: ConfigDict, dataset: Dataset) -> None:
         model, train, num_classes = config.model, config.train, dataset.num_classes
@@ -267,7 +269,7 @@ class Programs:
 
 def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:
     """Loss, accuracy and number of examples of each split."""
-    results = {}
+    results: dict[str, float] = {}
     for name, metrics in measured.items():
         results |= {f"{name}_{key}": value for key, value in compute(metrics).items()}
         results[f"{name}_count"] = int(metrics.loss.count)

@@ -15,12 +15,9 @@ from ml_collections import ConfigDict
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
 from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics
-from vmapbn_flax.training.state import (
-    TrainState,
-    learning_rate,
-    make_network,
-    make_optimizer,
-)
+from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.optimizer import learning_rate, make_optimizer
+from vmapbn_flax.training.state import TrainState
 
 
 class Batch(NamedTuple):

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -61,8 +61,9 @@ class Stream:
         self._epoch_windows = -(-self._epoch_steps // self._window_steps)
         self._end = self._locate(num_steps - 1)[0] + 1
         self._in_order = put_order(np.arange(self._window_steps * batch_size, dtype=np.int32))
-        self._windows: Iterator[Arrays] | None = None
-        self.close()
+        self._windows: Generator[Arrays, None, None] | None = None
+        self._window: tuple[Array, ...] = ()
+        self._number = _NOWHERE
 
     def position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
         """The window that `step` is in, its order, and the number of the batch there; another one is let go.
@@ -72,13 +73,14 @@ class Stream:
         """
         number, batch = self._locate(step)
         if number != self._number:
-            if number != self._number + 1:
+            if self._windows is None or number != self._number + 1:
                 self.close()
                 self._windows = read_ahead(self._read, range(number, self._end))
             self._number, self._window = _NOWHERE, ()  # before the next is asked for, whose memory it may need
             self._window = next(self._windows)
             self._number = number
-        return (*self._window, self._in_order, np.int32(batch))
+        images, labels = self._window
+        return images, labels, self._in_order, np.int32(batch)
 
     def steps_left(self, step: int) -> int:
         """How many steps there are from `step` to the end of its window."""
@@ -104,7 +106,7 @@ class Stream:
         """On the devices, the examples that have the numbers in `batches`; -1 is a blank one."""
         return self._layout.put_batches(batches, group, lambda rows: gather(split, rows, stopped))
 
-    def batches(self, split: Examples) -> Iterator[tuple[Array, Array, np.int32]]:
+    def batches(self, split: Examples) -> Generator[tuple[Array, Array, np.int32], None, None]:
         """Images and labels of `split`, a batch of evaluation at a time, and how many of them are not blank."""
         size = self._eval_batch_size
 
@@ -122,7 +124,7 @@ class Stream:
         self._windows, self._number, self._window = None, _NOWHERE, ()
 
 
-def read_ahead(read: Callable[[int, Callable[[], bool]], Window], numbers: range) -> Iterator[Window]:
+def read_ahead(read: Callable[[int, Callable[[], bool]], Window], numbers: range) -> Generator[Window, None, None]:
     """`read(number, stopped)` for each of `numbers`, the next of them in a thread while the caller works on the last.
 
     Two results are alive at a time, if the caller lets go of the one it has before it asks for the next. What `read`
