@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a line at the start, progress, a table at the end."""
+"""Output on the terminal: lines, progress, tables."""
 
 import contextlib
 import sys
@@ -8,11 +8,11 @@ from typing import IO
 
 from tqdm import tqdm
 
-TextFile = IO[str] | StringIO  # a StringIO has no `mode`, so that run-time checks take it for no IO
+TextFile = IO[str] | StringIO  # beartype takes no StringIO for an IO, since it has no `mode`
 
 
 def say(message: str) -> None:
-    """Prints a line, above the progress bar if there is one."""
+    """Prints a line to standard error, above the progress bar if there is one."""
     tqdm.write(message, file=sys.stderr)
 
 
