@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -27,7 +27,7 @@ from vmapbn_flax.multihost import distributed
 _FAILURE = "vmapbn_flax/failure"
 _LOOK_SECONDS = 1.0  # between two looks for a failure
 _NOTICE_SECONDS = 5.0  # that a failed process waits for the others to notice
-_SILENCE_SECONDS = 8.0  # after a broken connection, in which a posted failure may explain it
+_EXPLANATION_SECONDS = 1.0  # after a broken connection, in which a posted failure may explain it
 
 
 class SharedError(RunError):
@@ -95,22 +95,23 @@ class Processes:
         shared.exit_status = exit_status
         return shared
 
-    def require_same(self, **facts: Any) -> None:
+    def require_same(self, facts: Mapping[str, Any]) -> None:
         """Compares facts between the processes.
 
         Raises:
           UsageError: a fact differs; every process raises the error, with the fact's name and two of its values.
         """
         with self.together() as agreement:
-            agreement.say(facts=facts)
+            agreement.say(facts=dict(facts))
         first = agreement.heard[0]["facts"]
         for index, heard in enumerate(agreement.heard):
-            for name, value in heard["facts"].items():
-                if value != first[name]:
+            for name in {**first, **heard["facts"]}:
+                here, there = first.get(name), heard["facts"].get(name)
+                if here != there:
                     raise UsageError(
-                        f"got {name} that differs between processes (process 0: {_shortened(first[name])}, process "
-                        f"{index}: {_shortened(value)}); expected the same in all. Give every process the same "
-                        f"command line but for config.distributed.process_id, the same data and the same packages."
+                        f"{name}: got {here} in process 0 and {there} in process {index}; expected the same in all. "
+                        f"Give every process the same command line but for config.distributed.process_id, the same "
+                        f"data and the same packages."
                     )
 
     def _gather(self, said: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,7 +156,7 @@ class Processes:
         """
         status, message = _described(error)
         if status is None:  # a connection broke
-            end = time.monotonic() + _SILENCE_SECONDS
+            end = time.monotonic() + _EXPLANATION_SECONDS
             while (failure := self._posted()) is None and time.monotonic() < end:
                 time.sleep(0.1)
             if failure is None:
@@ -222,8 +223,3 @@ def _described(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
         return None, f"{distributed.LOST} ({distributed.first_line(error)})"
     return 1, "".join(traceback.format_exception(error))
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -10,7 +10,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.config import resume_changes, validate, without_distributed
+from vmapbn_flax.config import flat, resume_changes, validate, without_distributed
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import read_json
@@ -42,16 +42,22 @@ def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[
     divide_cpu(config.mesh, sweep=False, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         config, workdir = without_distributed(config), Workdir(path, writes=processes.first)
-        processes.require_same(config=config.to_dict(), versions=versions())
+        processes.require_same(described(config))
         if workdir.is_refreshed:
             raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {path.parent} instead")
         dataset = load_dataset(config.data)
         if processes.count > 1:
-            processes.require_same(data=dataset.fingerprint())
+            processes.require_same({"data": dataset.fingerprint()})
         # The last check of the config: nothing is written before it.
         programs = Programs([config], dataset, solo_mesh(config.mesh))
         with contextlib.closing(programs), held(workdir, processes):
             return _train(config, workdir, dataset, programs, processes, started)
+
+
+def described(config: ConfigDict) -> dict[str, Any]:
+    """What must be the same in every process before it loads data: the config and the packages."""
+    fields = {f"config.{name}": value for name, value in flat(config).items()}
+    return fields | {"packages": versions()}
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ import jax
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.config import validate_sizes
+from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore, versions
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
-from vmapbn_flax.runs.train import held
+from vmapbn_flax.runs.train import described, held
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
@@ -45,8 +45,7 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
     mesh.divide_cpu(config.mesh, sweep=True)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
-        named = {name: member.config.to_dict() for name, member in members.items()}
-        processes.require_same(config=named, versions=versions())
+        processes.require_same(described(without_distributed(config)))
         for member in members.values():
             validate_sizes(member.config, len(datasets.load(member.config).train))
         with held(workdir, processes):
@@ -145,7 +144,7 @@ class _Sweep:
             self._programs = None  # frees the devices before the next programs fill them
             dataset = self._datasets.load(configs[0])
             if self._processes.count > 1:
-                self._processes.require_same(data=dataset.fingerprint())
+                self._processes.require_same({"data": dataset.fingerprint()})
             self._programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, len(configs)))
             self._compiled_for = key
         return self._programs
