@@ -60,7 +60,8 @@ class Stream:
         self._window_steps = -(-self._epoch_steps // -(-self._epoch_steps // most))  # none much shorter than the rest
         self._epoch_windows = -(-self._epoch_steps // self._window_steps)
         self._end = self._locate(num_steps - 1)[0] + 1
-        self._in_order = put_order(np.arange(self._window_steps * batch_size, dtype=np.int32))
+        # One more than a window has: of a window that is one batch XLA would make another program, with other bits.
+        self._in_order = put_order(np.arange(self._window_steps * batch_size + 1, dtype=np.int32))
         self._windows: Generator[Arrays, None, None] | None = None
         self._window: tuple[Array, ...] = ()
         self._number = _NOWHERE
