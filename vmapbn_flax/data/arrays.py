@@ -55,8 +55,8 @@ class Examples(abc.ABC):
           UsageError: an example of the sample cannot be read.
         """
         sample = self._sample()
-        digest = hashlib.sha256(np.ascontiguousarray(sample.images))
-        digest.update(np.ascontiguousarray(sample.labels))
+        digest = hashlib.sha256(np.ascontiguousarray(sample.images).data)
+        digest.update(np.ascontiguousarray(sample.labels).data)
         shape = "x".join(map(str, self.image_shape))
         return f"{len(self)} images of {shape}, {digest.hexdigest()[:16]}"
 

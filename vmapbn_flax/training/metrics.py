@@ -1,4 +1,4 @@
-"""What a run measures: `clu.metrics` collections."""
+"""The metrics of training and evaluation: `clu.metrics` collections."""
 
 import flax
 import jax
@@ -23,6 +23,6 @@ class EvalMetrics(metrics.Collection):
 
 
 def compute(collection: metrics.Collection) -> dict[str, float]:
-    """The collection's figures as numbers; NaN where nothing was counted."""
+    """The figures of `collection` as numbers; NaN where no example was counted."""
     with np.errstate(invalid="ignore"):
         return {name: float(value) for name, value in jax.device_get(collection).compute().items()}

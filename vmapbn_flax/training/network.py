@@ -11,7 +11,7 @@ from vmapbn_flax.training.hyperparameters import Hyperparameters
 
 
 def make_network(model: ConfigDict, num_classes: int, hyper: Hyperparameters, *, ghost: bool = False) -> nn.Module:
-    """The network of `config.model`, on `(batch, features)`, or `(group, batch, features)` with `ghost`."""
+    """The network of `config.model`, for inputs `(batch, features)`, or `(group, batch, features)` with `ghost`."""
     hidden = tuple(model.hidden)
     numbers = {
         "momentum": hyper["model.batch_norm_momentum"],

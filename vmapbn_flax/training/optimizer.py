@@ -12,8 +12,8 @@ from vmapbn_flax.training.hyperparameters import Hyperparameters
 def learning_rate(optimizer: ConfigDict, hyper: Hyperparameters, step: Int[Array, ""]) -> Float[Array, ""]:
     """The learning rate of the update that leads from `step` to `step + 1`.
 
-    optax's schedules, in units of a phase rather than of a step: that leaves the lengths of the phases
-    to be traced numbers, which a program is not compiled for.
+    optax's schedules run in units of a phase, not of a step. The lengths of the phases thereby stay traced numbers, so
+    that one program serves every length.
     """
     warmup, total = hyper["optimizer.warmup_steps"], hyper["train.num_steps"]
     shape = optax.linear_schedule(0.0, 1.0, transition_steps=1)(step / jnp.maximum(warmup, 1))
@@ -26,9 +26,9 @@ def learning_rate(optimizer: ConfigDict, hyper: Hyperparameters, step: Int[Array
 def make_optimizer(
     optimizer: ConfigDict, hyper: Hyperparameters, learning_rate: Float[Array, ""] | float
 ) -> optax.GradientTransformation:
-    """`config.optimizer` at one learning rate; its state does not depend on any number.
+    """`config.optimizer` at one learning rate. The form of its state does not depend on the hyperparameters.
 
-    The moments of all parameters lie in one vector, which a CPU goes through in one pass.
+    The moments of all parameters lie in one vector, which a CPU updates in one pass.
     """
     decay = optax.add_decayed_weights(
         hyper["optimizer.weight_decay"], mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)

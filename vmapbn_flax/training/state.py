@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it starts."""
+"""The state of training, and its start."""
 
 from typing import Any
 
@@ -13,27 +13,27 @@ from vmapbn_flax.training.metrics import TrainMetrics
 from vmapbn_flax.training.network import make_network
 from vmapbn_flax.training.optimizer import make_optimizer
 
-# Scalar fields of a pytree: one number to a step, a stack of them around a vmap, and whatever else JAX
-# rebuilds the tree with. A field cannot be annotated as an array.
+# A scalar inside a step, an array with one entry a member around a vmap. JAX may rebuild the tree with other leaves, so
+# that no field can be annotated as an array.
 Count = Any
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a checkpoint has to hold; everything random is a function of (seed, step)."""
+    """All that a checkpoint must hold: everything random is a function of (seed, step)."""
 
     step: Count
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     metrics: TrainMetrics  # of the steps since the last training row
-    skipped_steps: Count  # non-finite steps, since the start
+    skipped_steps: Count  # steps with a non-finite loss or gradient, since the start
     skipped_in_a_row: Count
 
 
 def create_state(
     model: ConfigDict, optimizer: ConfigDict, num_classes: int, num_features: int, hyper: Hyperparameters
 ) -> TrainState:
-    """The state before the first step; to be jitted, which takes a second less than running it as is."""
+    """The state before the first step; to be jitted, which saves a second."""
     network = make_network(model, num_classes, hyper)
     variables = network.init(jax.random.key(hyper["seed"]), jnp.zeros((1, num_features)), train=False)
     params = variables["params"]
