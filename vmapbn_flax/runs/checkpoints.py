@@ -82,8 +82,8 @@ class Checkpoints:
         """Returns when the last save is on the disk and the checkpoints that it supersedes are removed."""
         with self._failures():
             self._checkpointer.wait_until_finished()
-            for step in saved_steps(self._directory) if self._first and self._kept is not None else ():
-                if step not in self._kept:
+            if self._first and self._kept is not None:
+                for step in set(saved_steps(self._directory)) - self._kept:
                     path = self._directory / str(step)
                     shutil.rmtree(path.rename(_partial(path)))  # whole or gone, whenever a kill arrives
 
