@@ -1,4 +1,4 @@
-"""The textbook variant: the same network written for a whole batch. The same numbers as vmap_bn.py.
+"""The textbook variant: the same network, written for a whole batch. It gives the numbers of vmap_bn.py.
 
 python train.py --config=configs/batched_bn.py
 """

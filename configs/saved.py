@@ -1,4 +1,4 @@
-"""The config that an earlier run was made with, to continue it or to make it again elsewhere.
+"""The config of an earlier run, to continue the run or to repeat it elsewhere.
 
 python train.py --config=configs/saved.py:runs/vmap_bn --config.train.num_epochs=40
 python train.py --config=configs/saved.py:runs/vmap_bn --workdir=runs/again

@@ -1,4 +1,4 @@
-"""Draws of the numbers that this network's accuracy may hang on, selected on held-out examples.
+"""Random draws of the numbers that this network's accuracy may depend on, selected on held-out examples.
 
 python train.py --config=configs/sweep_best.py
 """

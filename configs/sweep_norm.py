@@ -1,4 +1,4 @@
-"""Batch norm under vmap, the textbook's, and none, five seeds each: three programs.
+"""Batch norm under vmap, the textbook's batch norm, and none, five seeds each: three programs.
 
 python train.py --config=configs/sweep_norm.py
 """

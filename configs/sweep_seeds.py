@@ -1,4 +1,4 @@
-"""`configs/best.py` from ten seeds, in one program: how much of its accuracy is luck.
+"""`configs/best.py` from ten seeds, in one program: the spread of its accuracy.
 
 python train.py --config=configs/sweep_seeds.py
 """

@@ -1,4 +1,4 @@
-"""A network of two narrow layers for a tenth of an epoch, in a few seconds: what the tests train.
+"""A network of two narrow layers, trained for a tenth of an epoch in a few seconds. The tests use it.
 
 python train.py --config=configs/tiny.py
 """

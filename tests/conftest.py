@@ -11,6 +11,10 @@ from hypothesis import settings
 # Before anything imports the package: every annotated signature is a shape contract, checked at each call.
 jaxtyping.install_import_hook("vmapbn_flax", "beartype.beartype")
 
+# For the tests on many devices; those that name no mesh use one of these, and what the tests start divides its own CPU.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # before a run under test can ask for another number
+
 # What a process here compiles is for it and for those it starts, most of whose time it takes otherwise; not for the
 # user's cache, nor for all of a parallel run: JAX writes an entry in place, where others might read a part of it.
 _COMPILED = tempfile.mkdtemp(prefix="vmapbn_flax_compiled_")

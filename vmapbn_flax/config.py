@@ -1,4 +1,4 @@
-"""Checks of a whole config before any data loads, and of a changed one before a run resumes."""
+"""The table of the config's fields, and the checks that read it: before any data loads, and before a run resumes."""
 
 import math
 import re
@@ -11,18 +11,19 @@ from ml_collections import ConfigDict
 from vmapbn_flax.errors import RunError, UsageError
 
 _NORMS = ("vmap", "batched", "none")
-_WIDEST = 2**16  # units: between two layers of that many lie 17 GB of weights
+_WIDEST = 2**16  # units; the weights between two such layers take 17 GB
 
 
 class Field(NamedTuple):
-    """What is known of a field of the config besides its default.
+    """The rules for one field of the config; its default is in `defaults.py`.
 
     Attributes:
       expected: the valid values in words; `{train.batch_size}` stands for the value of that field.
-      valid: `valid(value, config)`, whether the value is one of them; a traced float arrives rounded to a float32.
-      resumable: whether a resumed run may change it: how often it reports, what it runs on, where its data lies.
-      traced: the type that a compiled program takes the field as, as an argument; None: a program is compiled for it.
-        Epochs arrive there as steps.
+      valid: `valid(value, config)` says whether a value is valid; a traced float arrives rounded to float32.
+      resumable: whether a resume may change the field: it sets how often a run reports, where it runs, or where its
+        data lies.
+      traced: the type of the field as an argument of compiled programs, where epochs arrive as steps; None if a
+        program is compiled for its value.
     """
 
     expected: str
@@ -60,7 +61,7 @@ def _are_widths(widths: tuple, config: ConfigDict) -> bool:
     return len(widths) > 0 and all(isinstance(width, int) and 1 <= width <= _WIDEST for width in widths)
 
 
-# By dotted name, in the order in which they are checked. Defaults are in defaults.py.
+# By dotted name, in the order of the checks.
 FIELDS = {
     "train.num_epochs": _positive("a positive number; it may be a fraction", traced=np.int32),
     "seed": Field("an integer in [0, 2**32)", lambda value, config: 0 <= value < 2**32, traced=np.uint32),
@@ -135,12 +136,12 @@ def validate(config: ConfigDict) -> None:
     """Checks every field of a run's config that does not need the data.
 
     Raises:
-      UsageError: a value is out of range, two do not go together, a field is missing, or it is a sweep.
+      UsageError: a value is out of range or contradicts another, a field is missing, or the config is a sweep's.
     """
     if is_sweep(config):
         raise UsageError(
-            f"config.sweep: got values of {', '.join(flat(config.sweep))}, expected none for a single run. Only "
-            f"python train.py takes sweeps; each member of one is a run in a workdir of its own."
+            f"config.sweep: got values of {', '.join(flat(config.sweep))}, expected none for a single run. Only the "
+            f"command train takes sweeps. Leave config.sweep empty, or choose the workdir of one member."
         )
     values = flat(config)
     if missing := [name for name in FIELDS if name not in values]:
@@ -162,7 +163,7 @@ def _is_valid(field: Field, value: Any, config: ConfigDict) -> bool:
             with np.errstate(over="ignore"):
                 value = float(np.float32(value))  # as training sees it
         return field.valid(value, config)
-    except (AttributeError, TypeError, ValueError):  # of another type
+    except (AttributeError, TypeError, ValueError):  # the value has another type
         return False
 
 
@@ -186,17 +187,17 @@ def validate_sizes(config: ConfigDict, num_train: int) -> None:
 
 
 def without_distributed(config: ConfigDict) -> ConfigDict:
-    """A copy of `config` without the processes of `config.distributed`: how it is run is not what is run."""
+    """A copy of `config` with a single process in `config.distributed`: the number of processes is no part of a run."""
     config = config.copy_and_resolve_references()
     config.distributed.update(coordinator="", num_processes=1, process_id=0)
     return config
 
 
 def resume_changes(old: dict, config: ConfigDict) -> list[str]:
-    """How `config` differs from the one a run was made with, `old`, a line each.
+    """How `config` differs from `old`, the config that a run was made with: one line a field.
 
     Raises:
-      RunError: it differs in something that a run cannot change on the way.
+      RunError: a field differs that a resume cannot change, or `old` is not a config.
     """
     try:
         before, now = flat(ConfigDict(old)), flat(config)
@@ -208,8 +209,8 @@ def resume_changes(old: dict, config: ConfigDict) -> list[str]:
         refused = [change for name, change in changes.items() if not _may_change(name, before, now)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"got what is not a config where the run keeps its own ({error}); expected what the run wrote there. "
-            f"Put it back from a copy, or start afresh in another --workdir."
+            f"got a damaged config in the workdir ({error}); expected the config that the run wrote. "
+            f"Restore it from a copy, or start afresh in another --workdir."
         ) from None
     if refused:
         raise RunError(
@@ -226,7 +227,7 @@ def _may_change(name: str, before: dict, now: dict) -> bool:
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
-    """Every field by its dotted name."""
+    """The fields of `config` by dotted name."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
@@ -237,27 +238,27 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
-    """`config` with every value that the JSON `saved`, read from `source`, holds.
+    """`config` with the values in `saved`, JSON that was read from the file `source`.
 
     Raises:
-      RunError: `saved` has a field that `config` lacks, or one of another type.
+      RunError: `saved` has a field that `config` lacks, or a value of another type.
     """
     try:
-        config.lock()  # against fields that it lacks
+        config.lock()  # an unknown field raises
         saved = dict(saved)
-        with config.sweep.unlocked():  # which has those that a sweep gives it
+        with config.sweep.unlocked():  # its fields are those that a sweep names
             config.sweep.update(_tuples(saved.pop("sweep", {})))
         config.update(saved)
         if None in flat(config).values():
             raise ValueError("a field is null")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise RunError(f"{source}: got a config that does not fit ({reason}); expected one a run wrote.") from None
+        raise RunError(f"{source}: got a config that does not fit ({reason}); expected one that a run wrote.") from None
     return config
 
 
 def _tuples(saved: Any) -> Any:
-    """What JSON made lists of, as the tuples that they were."""
+    """`saved` with tuples in place of JSON's lists."""
     if isinstance(saved, dict):
         return {name: _tuples(value) for name, value in saved.items()}
     return tuple(_tuples(value) for value in saved) if isinstance(saved, list) else saved

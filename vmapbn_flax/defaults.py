@@ -6,12 +6,13 @@ from ml_collections import ConfigDict
 def default_config() -> ConfigDict:
     """The config that every other one starts from.
 
-    >>> from vmapbn_flax import default_config
-    >>> config = default_config()
-    >>> config.train.num_epochs = 5.0
-    >>> config.sweep.optimizer.learning_rate = (1e-3, 1e-2)
+    A misspelt field raises an AttributeError: the config is locked, except for `sweep`.
 
-    It is locked but for `sweep`: a misspelt field raises an AttributeError.
+    Examples:
+      >>> from vmapbn_flax import default_config
+      >>> config = default_config()
+      >>> config.train.num_epochs = 5.0
+      >>> config.sweep.optimizer.learning_rate = (1e-3, 1e-2)
     """
     config = ConfigDict()
     config.seed = 0  # of everything random; an integer in [0, 2**32)
@@ -56,9 +57,9 @@ def default_config() -> ConfigDict:
     mesh.replicate_limit = 2**30  # bytes of images up to which each device holds all of them; beyond, a share
 
     config.distributed = distributed = ConfigDict()
-    distributed.coordinator = ""  # "host:port" of process 0, for many processes; "slurm": as srun says
+    distributed.coordinator = ""  # "host:port" of process 0, for many processes; "slurm": read from srun
     distributed.num_processes = 1  # with a "host:port"
-    distributed.process_id = 0  # with a "host:port": which of them this is; process 0 writes the workdir
+    distributed.process_id = 0  # with a "host:port": the index of this process; process 0 writes the workdir
 
     # A tuple of values for each field to sweep, such as `config.sweep.optimizer.learning_rate = (1e-3, 1e-2)`.
     config.sweep = ConfigDict({"data": {}, "model": {}, "optimizer": {}, "train": {}})

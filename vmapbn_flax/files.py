@@ -1,7 +1,8 @@
-"""The one place that writes files: whole or not at all, or append-only and cut back."""
+"""The one place that writes files: whole or not at all, or by appending lines that can be cut back."""
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from vmapbn_flax.errors import RunError, unwritable
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes `content` to `path`, or leaves what was there: a reader never sees a part of it."""
+    """Writes `content` to `path` atomically: a reader sees the old content or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -30,10 +31,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory, and those above it, unless it is there.
+    """Makes a directory and its parents, unless they exist.
 
     Raises:
-      RunError: it cannot be made.
+      RunError: the directory cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_whole` of indented JSON."""
+    """Writes `content` as indented JSON, atomically."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -50,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-      RunError: there is none, or it is damaged.
+      RunError: the file is missing or damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -67,23 +68,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class AppendFile:
-    """A file that grows by what is written, at once: there is no buffer, nor a thread, to lose some of it."""
+    """A file that is appended to at once, without a buffer or a thread that a crash could lose."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = None
+        self._file: io.FileIO | None = None
 
     def write(self, data: bytes) -> None:
         try:
             if self._file is None:
                 self._file = self._path.open("ab", buffering=0)
             if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what writing the rest would have said
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the error that writing the rest would raise
         except OSError as error:
             raise unwritable(self._path, error) from error
 
     def flush(self) -> None:
-        """Returns once all is on the disk."""
+        """Returns when everything written is on the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -94,10 +95,10 @@ class AppendFile:
 
 
 class AppendLog(AppendFile):
-    """JSON objects, one a line, in an append-only file that can be cut back to an earlier moment."""
+    """JSON objects, one a line, in an append-only file that can be cut back to an earlier step."""
 
     def cut_back(self, keep: Callable[[dict], bool]) -> list[dict]:
-        """Drops the rows that `keep` refuses and a last line torn by a kill; returns the rest.
+        """Removes the rows for which `keep` is false, and a last line torn by a kill; returns the other rows.
 
         Raises:
           RunError: a line before the last is damaged.
@@ -114,7 +115,11 @@ class AppendLog(AppendFile):
 
 
 def read_lines(path: Path) -> list[tuple[bytes, dict]]:
-    """The lines of a log with the rows they spell, without a torn last one."""
+    """The lines of a log, each with its row, without a torn last line.
+
+    Raises:
+      RunError: a line before the last is damaged.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):

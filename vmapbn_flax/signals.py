@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT: an orderly end where there is something to save or to undo, a plain one elsewhere."""
+"""What SIGTERM and SIGINT do: they wait while there is a state to save, raise while there is something to undo, and
+end the process elsewhere.
+"""
 
 import contextlib
 import os
@@ -12,9 +14,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def deferred(received: list[int] | None = None) -> Iterator[list[int]]:
-    """Collects the signals that arrive in its block in `received`, to be acted on when there is something to save.
+    """Collects in `received` the signals that arrive in its block; the caller acts on them when it can save.
 
-    A second one ends the process at once; what others put in `received` does not count.
+    A second signal ends the process at once. What the caller puts in `received` does not count.
     """
     received = [] if received is None else received
     first = True
@@ -32,9 +34,9 @@ def deferred(received: list[int] | None = None) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def fatal() -> Iterator[None]:
-    """Ends the process, with a line, where one arrives in its block.
+    """Ends the process, with a line on standard error, when a signal arrives in its block.
 
-    Not by an exception: in the midst of an import of JAX or orbax that may be lost, or end in a crash.
+    An exception would not do: during an import of JAX or orbax it may get lost, or crash.
     """
 
     def receive(signum: int, frame: object) -> None:
@@ -47,7 +49,7 @@ def fatal() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Raises a KeyboardInterrupt, with the signal's number, where one arrives in its block."""
+    """Raises a KeyboardInterrupt with the signal's number when a signal arrives in its block."""
 
     def receive(signum: int, frame: object) -> None:
         raise KeyboardInterrupt(signum)

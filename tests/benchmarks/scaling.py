@@ -72,11 +72,15 @@ def step_bytes(dataset: Dataset, members: int, width: int) -> tuple[int, int]:
     configs = [config(seed=seed, model__hidden=(width,) * 3) for seed in range(members)]
     programs = Programs(configs, dataset, one)
     state = programs.template()
-    order = jax.ShapeDtypeStruct((members, len(dataset.train)), np.int32)
+    several = (members,) if members > 1 else ()
+    order = jax.ShapeDtypeStruct((*several, len(dataset.train)), np.int32)
     arguments = (state, programs.hyper, *programs._data["train"], order, np.int32(0), np.int32(1))
     # As accelerators train them; one CPU device takes one member after the other.
-    at_once = jax.vmap(steps.make_train_steps(configs[0], dataset.num_classes), (0, 0, None, None, 0, None, None))
-    compiled = jax.jit(at_once, donate_argnums=0).lower(*arguments).compile()
+    of_all, num_classes = configs[0], dataset.num_classes
+    step = steps.make_train_step(of_all.model, of_all.optimizer, of_all.train.max_skipped_steps, num_classes)
+    train_steps = steps.make_train_steps(step, steps.make_take_batch(of_all.train.batch_size))
+    at_once = jax.vmap(train_steps, (0, 0, None, None, 0, None, None))
+    compiled = jax.jit(at_once if several else train_steps, donate_argnums=0).lower(*arguments).compile()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return held, compiled.memory_analysis().temp_size_in_bytes + order.size * 4
 

@@ -8,7 +8,7 @@ from tests.helpers import small
 from vmapbn_flax.cli import parity as module
 from vmapbn_flax.cli.parity import compare, parity
 from vmapbn_flax.errors import UsageError
-from vmapbn_flax.training import state, steps
+from vmapbn_flax.training import network, steps
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 
@@ -64,7 +64,7 @@ def test_real_mnist():
 
     def make_network(model, *arguments, **keywords):
         built.add(model.norm)
-        return state.make_network(model, *arguments, **keywords)
+        return network.make_network(model, *arguments, **keywords)
 
     def spy(what, first, second, tolerance):
         compared[what] = np.asarray(first), np.asarray(second)

@@ -28,7 +28,7 @@ PHASES = {
     "data": "vmapbn_flax.runs.train:load_dataset",
     "restore": "vmapbn_flax.runs.loop:restore_latest",
     "log": "vmapbn_flax.runs.record:MetricWriter",
-    "config": "vmapbn_flax.runs.loop:write_json",
+    "config": "vmapbn_flax.files:write_json",
     "compile": "vmapbn_flax.training.steps:take_batch",
     "train": "vmapbn_flax.training.programs:Programs.advance",
     "evaluate": "vmapbn_flax.training.programs:Programs.measure",

@@ -70,7 +70,7 @@ def test_errors_name_it_as_it_was_given():
         (["refresh.json"], ["refreshed"]),
         (["config.json", "refresh.json"], ["run", "refreshed"]),
     ],
-    ids=str,
+    ids=lambda names: "+".join(sorted(names)) or "nothing",
 )
 def test_what_it_is(tmp_path, files, kinds):
     for name in files:

@@ -1,11 +1,8 @@
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -30,7 +27,6 @@ from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.members import member_bytes
 from vmapbn_flax.training.programs import Programs
 
-ROOT = Path(__file__).parents[2]
 BASE = {"data__validation_size": 20, "train__log_every": 3, "train__eval_every": 1.4, "optimizer__name": "sgd"}
 RATES, SEEDS = (0.01, 0.03, 0.1, 0.3), (0, 1)
 STEPS = 20
@@ -487,40 +483,3 @@ def test_memory_estimate_is_of_the_right_size(real_data):
         analysis = programs.compiler["train"].memory_analysis()
         needs.append(analysis.temp_size_in_bytes + analysis.argument_size_in_bytes)
     assert 0.3 < member_bytes(config, dataset) / ((needs[1] - needs[0]) / 2) < 5
-
-
-# Devices.
-
-TWO_DEVICES = """
-import json, sys
-import jax, numpy as np
-
-from tests.helpers import small
-from tests.sweeps import test_sweep
-from vmapbn_flax.training import mesh
-from vmapbn_flax.sweeps.expand import expand
-from vmapbn_flax.training.programs import Programs
-
-configs = [member.config for member in expand(test_sweep.sweep_config({"seed": (0, 1, 2)}))]
-devices = mesh.member_mesh(configs[0].mesh, 3)
-programs = Programs(configs, small.dataset(20), devices)
-state = programs.advance(programs.create(), 0, 5)
-state = programs.place(programs.snapshot(state))
-state = programs.advance(state, 5, 5)
-text = programs.compiler["train"].as_text()
-assert "all-" not in text and "collective" not in text
-leaves = jax.tree.leaves(programs.snapshot(state))
-np.savez(sys.argv[1], devices=devices.size, **{str(i): leaf for i, leaf in enumerate(leaves)})
-"""
-
-
-def test_padded_members_on_two_devices(tmp_path):
-    found = []
-    for count in ("1", "2"):
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": count, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", TWO_DEVICES, str(tmp_path / f"{count}.npz")]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
-        found.append(dict(np.load(tmp_path / f"{count}.npz")))
-    assert [int(arrays.pop("devices")) for arrays in found] == [1, 2]
-    small.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-    assert {array.shape[0] for array in found[1].values()} == {3}

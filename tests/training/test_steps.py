@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers import oracle, small
 from vmapbn_flax.training import steps
 from vmapbn_flax.training.metrics import TrainMetrics, compute
-from vmapbn_flax.training.state import make_optimizer
+from vmapbn_flax.training.optimizer import make_optimizer
 from vmapbn_flax.training.steps import Batch, epoch_permutation, make_loss
 
 NORMS = ("vmap", "batched", "none")

@@ -34,9 +34,9 @@ def in_memory():
     """A run's first two epochs: the state after each step, and the metrics at the end."""
     config = small.config(train__eval_batch_size=16)
     programs = Programs([config], dataclasses.replace(dataset(), streamed=False))
-    states = [jax.device_get(programs.create())]
+    states = [programs.snapshot(programs.create())]
     for step in range(2 * small.STEPS_PER_EPOCH):
-        states.append(jax.device_get(programs.advance(programs.place(states[-1]), step, 1)))
+        states.append(programs.snapshot(programs.advance(programs.place(states[-1]), step, 1)))
     return states, programs.evaluate(programs.place(states[-1]))
 
 

@@ -1,4 +1,4 @@
-"""The command line: arguments, one module a command, and what it changes in its process.
+"""The command line: arguments, one module a command, and the changes to the process.
 
-Uses every other room; none uses it.
+This room uses every other room; none uses it.
 """

@@ -1,4 +1,4 @@
-"""`python -m vmapbn_flax evaluate`: loss and accuracy of a checkpoint, in either variant of the network."""
+"""`vmapbn-flax evaluate`: loss and accuracy of a checkpoint, in either variant of the network."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from vmapbn_flax.training.programs import Programs
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
-    """Prints what `evaluate` finds."""
+    """Prints the figures of `evaluate`."""
     for name, value in evaluate(arguments.workdir, arguments.step, arguments.norm).items():
         print(name, value)
     return 0
@@ -22,11 +22,11 @@ def evaluate(workdir: Path, step: int | None = None, norm: str | None = None) ->
 
     Args:
       workdir: of a run.
-      step: one of the run's checkpoints.
+      step: of one of the run's checkpoints.
       norm: "vmap" or "batched", for the other variant of a network with batch norm.
 
     Raises:
-      RunError: `workdir` has no such checkpoint, or it is damaged.
+      RunError: the checkpoint is missing or damaged.
       UsageError: the run has no batch norm and `norm` is given.
     """
     run_workdir = Workdir(workdir)

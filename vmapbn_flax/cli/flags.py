@@ -11,23 +11,24 @@ from vmapbn_flax.errors import UsageError, UserError
 
 
 def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
-    """The config that `--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...` spells, and its run's workdir.
+    """The config that `--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...` describes, and the default workdir.
 
-    The workdir is `runs/<name of the file>`, or for a file that takes a workdir as its argument, such as
-    `configs/saved.py`, that one. The file can import modules of the current directory.
+    The default workdir is `runs/<name of the file>`, or the argument of a file that takes a workdir, such as
+    `configs/saved.py`. The file can import modules of the current directory.
 
     Raises:
       UsageError: a flag, a field, a value or the file is wrong.
     """
-    if str(Path.cwd()) not in sys.path:  # where config files may lie that this one imports
+    if str(Path.cwd()) not in sys.path:  # a config file may import another
         sys.path.append(str(Path.cwd()))
     argv = ["train.py", *arguments]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         stray = values(argv)[1:]
-        config, source = values["config"].value, values["config"].config_filename
-        getattr(config, "lock", None)  # which is where a file that could not be read says so
+        config = values["config"].value
+        source = config_flags.get_config_filename(values["config"])
+        getattr(config, "lock", None)  # raises if the file could not be read
     except UserError:
         raise
     # Whatever the config file's own code raises arrives here as well.
@@ -46,14 +47,14 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
 
 
 def _explain(error: Exception) -> str:
-    """The one line of an error from absl, ml_collections or a config file that says what is wrong."""
+    """One line that says what is wrong, from an error of absl, ml_collections or a config file."""
     if isinstance(error, config_flags.config_flags.UnparsedFlagError):
         return "got no --config, expected a config file, such as --config=configs/vmap_bn.py"
     text = str(error)
-    if isinstance(error, KeyError | AttributeError):  # a field that is not there, quoted once or twice
+    if isinstance(error, KeyError | AttributeError):  # an unknown field, quoted once or twice
         lines = [line.strip(" '\"\\") for line in text.replace("\\n", "\n").splitlines()]
         return f"got an unknown field ({': '.join(lines)}), expected one of vmapbn_flax.default_config()"
-    # Theirs may quote a whole traceback; the reason comes last.
+    # The message may quote a whole traceback, whose last line is the reason.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, OSError):
         return f"got a config file that cannot be read ({lines[-1]}), expected one, such as --config=configs/vmap_bn.py"

@@ -1,7 +1,7 @@
 """The command line: `vmapbn-flax ...`, `python -m vmapbn_flax ...` and `python train.py ...`.
 
-Each command is a module here, imported when its arguments have been checked: what takes time to import waits until
-signals and errors are seen to.
+Each command is a module of this package. It is imported when its arguments are checked and signals and errors are
+handled, since its imports take time.
 """
 
 import importlib
@@ -17,12 +17,12 @@ from vmapbn_flax.errors import Interrupted, UsageError, UserError
 
 
 def console_script() -> int:
-    """What `vmapbn-flax` calls."""
+    """The entry point of `vmapbn-flax`."""
     return main(sys.argv[1:])
 
 
 def main(argv: Sequence[str], started: float | None = None) -> int:
-    """Runs one command and returns its exit status; what goes wrong is one line on standard error."""
+    """Runs one command and returns its exit status; an error is one line on standard error."""
     started = time.monotonic() if started is None else started
     environment.prepare()
     try:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
     except UserError as error:
         return _report(str(error), error.exit_status)
     except Interrupted as stop:
-        return _report(str(stop), stop.exit_status)
+        return _report(str(stop), stop.exit_status) if stop.said else stop.exit_status
     except KeyboardInterrupt as stop:
         return _report(signals.STOPPED, 128 + (stop.args or (signal.SIGINT,))[0])
     except (MemoryError, RuntimeError) as error:

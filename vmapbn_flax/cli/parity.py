@@ -1,4 +1,4 @@
-"""`python -m vmapbn_flax parity`: is the vmapped network the batched one? Measured on real batches."""
+"""`vmapbn-flax parity`: the vmapped network compared with the batched one, on real batches."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ _STEPS = 100
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
-    """Prints the differences; 1 if one is too large."""
+    """Prints the differences; the status is 1 if one is too large."""
     rows = parity(arguments.config)
     cells = [(*row, "yes" if row.within else "NO") for row in rows]
     header = ("vmapped against batched", "largest difference", "in ulps", "relative", "tolerance", "within")
@@ -49,9 +49,9 @@ class Difference(NamedTuple):
 
 
 def compare(what: str, first: PyTree, second: PyTree, tolerance: float) -> Difference:
-    """How far two trees of float32 arrays are apart at the most."""
+    """The largest difference between two trees of float32 arrays."""
     pairs = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
-    # numpy's max, for which NaN is the largest; to Python's it is whatever comes first.
+    # numpy's max returns NaN if there is one; Python's may not.
     largest = np.max([np.abs(array).max() for pair in pairs for array in pair]).astype(np.float32)
     if not np.isfinite(largest):
         return Difference(what, np.nan, np.nan, np.nan, tolerance)
@@ -67,7 +67,7 @@ def parity(config: ConfigDict) -> list[Difference]:
     accuracy of each network's checkpoint evaluated by the other.
 
     Raises:
-      UsageError: the config is not usable or has no batch norm.
+      UsageError: the config cannot be used, or has no batch norm.
     """
     validate(config)
     if config.model.norm == "none":

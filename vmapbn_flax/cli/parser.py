@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vmapbn-flax",
-        description="Trains networks with batch norm written one example at a time, and looks at what became of them.",
+        description="Trains networks with batch norm that are written one example at a time, and evaluates them.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -66,12 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("selftest", help="compare a resumed run with an undisturbed one", allow_abbrev=False)
     command.set_defaults(command="selftest", takes_config=True)
 
-    command = commands.add_parser("plot", help="lay runs over one another in a picture", allow_abbrev=False)
+    command = commands.add_parser("plot", help="draw several runs in one picture", allow_abbrev=False)
     command.add_argument("workdirs", type=_path, nargs="+", metavar="workdir")
     command.add_argument("-o", "--output", type=_path, required=True, help="the picture, a .png, .pdf or .svg")
     command.set_defaults(command="plot", takes_config=False)
 
-    command = commands.add_parser("report", help="rank the members of a sweep, and draw them", allow_abbrev=False)
+    command = commands.add_parser("report", help="rank the members of a sweep and draw them", allow_abbrev=False)
     command.add_argument("workdir", type=_path)
     command.set_defaults(command="report", takes_config=False)
     return parser

@@ -1,4 +1,4 @@
-"""`vmapbn-flax plot`: runs laid over one another in a picture."""
+"""`vmapbn-flax plot`: several runs in one picture."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`python -m vmapbn_flax refresh`: running statistics recomputed exactly, over the whole training set."""
+"""`vmapbn-flax refresh`: running statistics recomputed exactly, over the whole training set."""
 
 import argparse
 import contextlib
@@ -26,12 +26,12 @@ def run(arguments: argparse.Namespace, started: float) -> int:
 def refresh(path: Path, step: int | None = None) -> dict[str, dict[str, float | int]]:
     """Recomputes the statistics of a checkpoint at its weights, and evaluates before and after.
 
-    Each layer's mean and variance become those of all its inputs over the training set, pooled: what one
-    training-mode pass over the whole set as a single batch computes, which has to fit in memory. The
-    result is a workdir of its own, `<path>/refreshed/`, which `evaluate` takes and `train` refuses.
+    Each layer's mean and variance become those of its inputs over the whole training set. One pass in training mode
+    computes them, with the training set as a single batch, which has to fit in memory. The result is a workdir of its
+    own, `<path>/refreshed/`, which `evaluate` takes and `train` refuses.
 
     Raises:
-      RunError: `path` has no such checkpoint, or it is damaged.
+      RunError: the checkpoint is missing or damaged.
       UsageError: the run has no batch norm, or its data set is larger than its memory limit.
     """
     workdir = Workdir(path)
@@ -53,7 +53,7 @@ def refresh(path: Path, step: int | None = None) -> dict[str, dict[str, float | 
     output = workdir.refreshed
     if output.path.exists():
         shutil.rmtree(output.path)
-    # First: whatever ends this early, training must not take the rest for a run.
+    # First: if this ends early, training must not take the rest for a run.
     output.write(output.refresh, {"step": int(state.step), **figures})
     output.write(output.config, config.to_dict())
     with contextlib.closing(Checkpoints(output.checkpoints)) as checkpoints:

@@ -1,4 +1,4 @@
-"""`python -m vmapbn_flax selftest`: is a run that was stopped and resumed the run that never was? Measured here."""
+"""`vmapbn-flax selftest`: a run that is stopped and resumed, compared with an undisturbed one, on this machine."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ from vmapbn_flax.training.programs import Programs
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
-    """Prints the comparisons; 1 if something differs."""
+    """Prints the comparisons; the status is 1 if something differs."""
     found = selftest(arguments.config, arguments.config_flags)
     cells = [
         (what, size, f"NO: {len(different)} differ, first {different[0]}" if different else "yes")
@@ -49,20 +49,20 @@ class Comparison(NamedTuple):
 
 
 def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
-    """Trains `config` without a stop and with one, in processes of their own, and compares what the two runs end with.
+    """Trains `config` undisturbed, and again with a stop, in processes of their own, and compares the results.
 
-    A SIGTERM stops the second one when it has logged a row; it is resumed from the step that was saved then. Where
-    there is batch norm, `parity` and `refresh` follow. `flags` are the command line that spells `config`.
+    A SIGTERM stops the second run when it has logged a row; it resumes from the step that was saved then. With batch
+    norm, `parity` and `refresh` follow. `flags` is the command line that describes `config`.
 
     Raises:
       UsageError: the config or the data cannot be used.
-      RunError: a process failed, or the run was over before it could be stopped.
+      RunError: a process failed, or the run ended before it could be stopped.
     """
     validate(config)
     dataset = load_dataset(config.data)
     validate_sizes(config, len(dataset.train))
     total = steps_in(config.train.num_epochs, len(dataset.train) // config.train.batch_size)
-    log_every = min(config.train.log_every, max(1, total // 4))  # so that at the first row there is much to go
+    log_every = min(config.train.log_every, max(1, total // 4))  # so that most steps are left at the first row
     flags = [*flags, f"--config.train.log_every={log_every}"]
     with signals.raised(), tempfile.TemporaryDirectory(prefix="selftest_") as directory:
         straight, resumed = Workdir(Path(directory, "straight")), Workdir(Path(directory, "resumed"))
@@ -77,7 +77,7 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
                 f"got a run of {total} steps that was over before it could be stopped, expected a longer one. "
                 f"Change it with --config.train.num_epochs=..."
             )
-        programs = Programs([config], dataset)  # not before: on a GPU the first process takes most of the memory
+        programs = Programs([config], dataset)  # only now: on a GPU the first process takes most of the memory
         ends = zip(_end(straight, programs), _end(resumed, programs), strict=True)
         found = [_compare(*first, second) for first, (_, _, second) in ends]
         if config.model.norm != "none":
@@ -91,7 +91,7 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
 
 
 def _train(flags: Sequence[str], workdir: Workdir, *, stop: bool = False) -> str:
-    """Trains in a process of its own, to the end or until there is a row; returns what it said."""
+    """Trains in a process of its own, to the end or until there is a row; returns its output."""
     command = [sys.executable, "-m", "vmapbn_flax", "train", *flags, f"--workdir={workdir}"]
     log = workdir.path.with_suffix(".log")
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
@@ -102,7 +102,7 @@ def _train(flags: Sequence[str], workdir: Workdir, *, stop: bool = False) -> str
                 process.terminate()
             status = process.wait()
         finally:
-            process.kill()  # where an exception leads here
+            process.kill()  # after an exception
     said = log.read_text()
     if status not in ([0, 128 + signal.SIGTERM] if stop else [0]):
         raise RunError(f"got exit status {status} from a run, expected it to train; it said: {said[-1000:]}")
@@ -110,7 +110,7 @@ def _train(flags: Sequence[str], workdir: Workdir, *, stop: bool = False) -> str
 
 
 def _end(workdir: Workdir, programs: Programs) -> list[tuple[str, str, dict[str, bytes]]]:
-    """All that a run ends with: what it is, what it consists of, and these parts by name."""
+    """The results of a run: of each, what it is, the unit of its parts, and its parts by name."""
     leaves = jax.tree_util.tree_leaves_with_path(load_state(workdir, None, programs))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.tobytes() for path, leaf in leaves}
     lines, summary = read_lines(workdir.metrics), read_json(workdir.summary)

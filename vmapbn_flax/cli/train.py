@@ -1,4 +1,4 @@
-"""`vmapbn-flax train`: trains or resumes a run, or with values in `config.sweep` a sweep."""
+"""`vmapbn-flax train`: trains or resumes a run, or a sweep if `config.sweep` has values."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from vmapbn_flax.data import bundled
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
-    """Trains; 1 if members of a sweep have failed."""
+    """Trains; the status is 1 if members of a sweep have failed."""
     environment.forgo_torch()
     config, path = arguments.config, arguments.workdir
     if is_sweep(config):
@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace, started: float) -> int:
         return 1 if train_sweep(config, path).count("failed") else 0
     validate(config)
     if config.data.name == bundled.NAME:
-        bundled.read_ahead(config.data.dir)  # beside the imports that follow
+        bundled.read_ahead(config.data.dir)  # during the imports below
     from vmapbn_flax.runs.train import train
     from vmapbn_flax.runs.workdir import Workdir
     from vmapbn_flax.sweeps.ledger import refuse_unfinished_member

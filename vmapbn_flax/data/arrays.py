@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtyping import Int32, Integer, UInt8
 
 from vmapbn_flax.errors import UsageError
 
+_SAMPLE = 256  # examples that a fingerprint looks at in files
 _BLOCK = 1024  # examples in one read; one at a time takes three times as long
 
 
@@ -42,6 +44,22 @@ class Examples(abc.ABC):
         """Bytes that the examples take as the arrays of a `Split`."""
         return len(self) * (math.prod(self.image_shape) + np.dtype(np.int32).itemsize)
 
+    def _sample(self) -> "Split":
+        """Examples that stand for all of them."""
+        return self.read(np.linspace(0, len(self) - 1, min(len(self), _SAMPLE)).astype(np.int64))
+
+    def fingerprint(self) -> str:
+        """What differs where the examples or their order do; of examples in files, by a sample of them.
+
+        Raises:
+          UsageError: an example of the sample cannot be read.
+        """
+        sample = self._sample()
+        digest = hashlib.sha256(np.ascontiguousarray(sample.images).data)
+        digest.update(np.ascontiguousarray(sample.labels).data)
+        shape = "x".join(map(str, self.image_shape))
+        return f"{len(self)} images of {shape}, {digest.hexdigest()[:16]}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Split(Examples):
@@ -69,6 +87,9 @@ class Split(Examples):
     def read(self, rows: Integer[np.ndarray, " rows"]) -> "Split":
         return Split(self.images[rows], self.labels[rows])
 
+    def _sample(self) -> "Split":
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -95,6 +116,11 @@ class Dataset:
     def gigabytes(self) -> float:
         """The smallest `data.memory_limit` that admits this data set, rounded up to a hundredth."""
         return math.ceil(self.nbytes / 1e7) / 100
+
+    def fingerprint(self) -> dict[str, str]:
+        """`Examples.fingerprint` of each split."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split.fingerprint() for name, split in splits.items() if split is not None}
 
 
 def expanded(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""jax.distributed, with its ways to handle signals and failures replaced by ours."""
+"""jax.distributed, with our own handling of signals and failures."""
 
 import ctypes
 import os
@@ -11,19 +11,21 @@ import jax
 
 from vmapbn_flax.errors import RunError, UsageError
 
-_HEARTBEAT_SECONDS = 6  # of silence after which a process is taken for dead
+_HEARTBEAT_SECONDS = 6  # without a heartbeat, after which a process counts as dead
 LOST = (
     "lost another process of this run, which ended or cannot be reached; the same command in every process continues "
     "from the newest checkpoint"
 )
 
+_ends = [(LOST, 1)]  # message and status of a process that is aborted; the last one counts
+
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Meets the other processes, as the fields of `config.distributed` say.
+    """Connects this process to the others; the arguments are the fields of `config.distributed`.
 
     Raises:
-      RunError: they cannot be met.
-      UsageError: "slurm" is not there to say who they are.
+      RunError: the processes cannot connect.
+      UsageError: the coordinator is "slurm", but srun did not start this process.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
@@ -31,13 +33,13 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
         if "SLURM_PROCID" not in os.environ:
             raise UsageError(
                 "config.distributed.coordinator: got 'slurm' in a process that srun did not start, expected one that "
-                "it did. Start it with srun, or give it the 'host:port' of process 0."
+                "srun started. Start every process with srun, or give the 'host:port' of process 0."
             )
         where = {"cluster_detection_method": "slurm"}
     else:
         where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     try:
-        if coordinator != "slurm" and process_id == 0:  # jax does not survive a port that is taken
+        if coordinator != "slurm" and process_id == 0:  # jax crashes on a port that is in use
             socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
         jax.distributed.initialize(**where, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError, KeyError, OSError, OverflowError) as error:
@@ -48,21 +50,26 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def leave(message: str, status: int) -> NoReturn:
-    """Ends this process at once, with a line: what else there is to do at the end of one waits for the others."""
+    """Ends this process at once, with a line on standard error; an ordinary exit would wait for the other processes."""
     sys.stdout.flush()
     os.write(2, f"error: {message}\n".encode())  # not through a buffer that another thread may hold
     os._exit(status)
 
 
+def when_aborted(message: str, status: int) -> None:
+    """Says how this process is to end where jax.distributed ends it: as it will have by itself in a moment."""
+    _ends.append((message, status))
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(signum: int) -> None:
-    """Handles SIGABRT, which is how jax.distributed ends a process when it finds that another one died.
+    """Handles SIGABRT, by which jax.distributed ends a process that has lost another.
 
-    A handler of Python's own would run when that thread gets back to Python, which it does not.
+    A Python handler would run when the thread returns to Python, and the thread does not return.
     """
-    leave(LOST, 1)
+    leave(*_ends[-1])
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, shortened."""
+    """The first line of the message of `error`, shortened."""
     return str(error).partition("\n")[0][:200]

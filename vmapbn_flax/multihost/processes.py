@@ -1,13 +1,13 @@
-"""The processes of one run or sweep: each runs the same program, and here is what they tell one another.
+"""The processes of one run or sweep, and what they tell one another.
 
-Most of what a process does follows from what all of them have: the config, the data, global arrays. What only one can
-know (a signal, the clock, that a file could not be written) is agreed on where the program says `together`, once a
-chunk of steps. It travels through the key-value store of jax.distributed, not over the devices, so that a process may
-wait for it whatever its devices do.
+Every process runs the same program. Most of its decisions follow from what all processes have: the config, the data,
+global arrays. Some facts only one process can know: a signal, the clock, a file that could not be written. The
+processes exchange those in `Processes.together`, once a chunk of steps. The exchange goes through the key-value store
+of jax.distributed, not over the devices, so that it works whatever the devices do.
 
-An error that is not agreed on finds the others anywhere, in a collective of the devices too, which would wait for the
-failed process for half an hour. So the failed process posts its error in the store, and in every process a thread looks
-there once a second.
+An error outside `together` may find the other processes in a collective of the devices, which waits half an hour for
+the failed process. The failed process therefore posts its error in the store, where a thread of every process looks
+once a second.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -26,19 +26,20 @@ from vmapbn_flax.multihost import distributed
 
 _FAILURE = "vmapbn_flax/failure"
 _LOOK_SECONDS = 1.0  # between two looks for a failure
-_NOTICE_SECONDS = 5.0  # that a failed process gives the others to take notice
-_SILENCE_SECONDS = 8.0  # in which a failure explains a broken connection, or a process is taken for dead
+_NOTICE_SECONDS = 5.0  # that a failed process waits for the others to notice
+_EXPLANATION_SECONDS = 1.0  # after a broken connection, in which a posted failure may explain it
 
 
 class SharedError(RunError):
-    """A `UserError` that `Processes.together` raises in every process."""
+    """A `UserError` of one process, raised in every process by `Processes.together`."""
 
 
 class Agreement:
-    """What the processes say to one another in one `together`.
+    """What the processes tell one another in one block of `together`.
 
     Attributes:
-      heard: what each process said, in their order; set when the block ends.
+      said: by this process.
+      heard: what each process said, in the order of their indices; set when the block ends.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Agreement:
         self.heard: list[dict[str, Any]] = []
 
     def say(self, **said: Any) -> None:
-        """Tells the others numbers, strings, lists and dictionaries of them, by name."""
+        """Tells the other processes values by name: numbers, strings, lists and dictionaries."""
         self.said |= said
 
 
@@ -55,8 +56,8 @@ class Processes:
 
     Attributes:
       index: of this process.
-      count: of all.
-      first: whether this process is the one that writes files and speaks.
+      count: of all processes.
+      first: whether this process is the one that writes files and prints.
     """
 
     def __init__(self) -> None:
@@ -67,15 +68,15 @@ class Processes:
         if self.count > 1:
             from jax._src.distributed import global_state  # the client has no public name
 
-            self._client = global_state.client
+            self._client: Any = global_state.client
             threading.Thread(target=self._look_for_failure, name="look_for_failure", daemon=True).start()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[Agreement]:
-        """A block at whose end every process knows what each said, and whether one of them failed in it.
+        """A block at whose end every process knows what each one said.
 
-        The block must not wait for the other processes. Where it raises a UserError in one process, every process
-        raises a SharedError; where there is one process only, its error is raised as it is.
+        The block must not wait for other processes. If it raises a UserError in one process, every process raises a
+        SharedError. A process that is alone raises its error unchanged.
         """
         agreement, error = Agreement(), None
         try:
@@ -94,22 +95,23 @@ class Processes:
         shared.exit_status = exit_status
         return shared
 
-    def require_same(self, **facts: Any) -> None:
-        """Refuses to go on where processes differ in a fact.
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Compares facts between the processes.
 
         Raises:
-          UsageError: in every process, with the fact's name and two of its values.
+          UsageError: a fact differs; every process raises the error, with the fact's name and two of its values.
         """
         with self.together() as agreement:
-            agreement.say(facts=facts)
+            agreement.say(facts=dict(facts))
         first = agreement.heard[0]["facts"]
         for index, heard in enumerate(agreement.heard):
-            for name, value in heard["facts"].items():
-                if value != first[name]:
+            for name in {**first, **heard["facts"]}:
+                here, there = first.get(name), heard["facts"].get(name)
+                if here != there:
                     raise UsageError(
-                        f"got {name} that differs between processes (process 0: {_shortened(first[name])}, process "
-                        f"{index}: {_shortened(value)}); expected the same in all. Give every process the same "
-                        f"command line but for config.distributed.process_id, the same data and the same packages."
+                        f"{name}: got {here} in process 0 and {there} in process {index}; expected the same in all. "
+                        f"Give every process the same command line but for config.distributed.process_id, the same "
+                        f"data and the same packages."
                     )
 
     def _gather(self, said: dict[str, Any]) -> list[dict[str, Any]]:
@@ -122,11 +124,11 @@ class Processes:
             return json.loads(self._wait_for(f"{place}/all"))
         everything = [json.loads(self._wait_for(f"{place}/{index}")) for index in range(self.count)]
         self._client.key_value_set(f"{place}/all", json.dumps(everything))
-        self._client.key_value_delete(f"vmapbn_flax/{self._round - 1}/")  # all have read it, who wrote since
+        self._client.key_value_delete(f"vmapbn_flax/{self._round - 1}/")  # read by all: each has written again
         return everything
 
     def _wait_for(self, key: str, seconds: float = float("inf")) -> str:
-        """The value of `key`, once it has one; signals are handled meanwhile."""
+        """The value of `key`, as soon as there is one; signals are handled in the meantime."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -136,7 +138,7 @@ class Processes:
                     raise
 
     def _look_for_failure(self) -> None:
-        """Ends this process when another one has posted its failure."""
+        """Ends this process when another process has posted a failure."""
         while not self._left.wait(_LOOK_SECONDS):
             if (failure := self._posted()) is not None and failure["index"] != self.index:
                 self._leave(failure, f"process {failure['index']}: {failure['message']}")
@@ -144,49 +146,53 @@ class Processes:
     def _posted(self) -> dict[str, Any] | None:
         try:
             return json.loads(self._client.key_value_try_get(_FAILURE))
-        except jax.errors.JaxRuntimeError:  # there is none, or no process 0 either: who waits for that one finds out
+        except jax.errors.JaxRuntimeError:  # nothing is posted, or process 0 is gone
             return None
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Ends all processes because of an error in this one, or in a process that this one has lost."""
+        """Ends all processes because of `error`.
+
+        If `error` is a broken connection, the failure of the process behind it takes its place, once it is posted.
+        """
         status, message = _described(error)
-        if status is None:  # a connection broke: the failure of the process behind it may be on its way
-            end = time.monotonic() + _SILENCE_SECONDS
+        if status is None:  # a connection broke
+            end = time.monotonic() + _EXPLANATION_SECONDS
             while (failure := self._posted()) is None and time.monotonic() < end:
                 time.sleep(0.1)
             if failure is None:
                 distributed.leave(message, 1)
             self._leave(failure, f"process {failure['index']}: {failure['message']}")
         failure = {"index": self.index, "status": status, "message": message}
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
             self._client.key_value_set(_FAILURE, json.dumps(failure))
         self._leave(failure, message)
 
     def _leave(self, failure: dict[str, Any], message: str) -> NoReturn:
-        """Ends this process; the one that failed, and process 0, which has the store, when the others know."""
+        """Ends this process. Process 0, which has the store, waits until the others know."""
         self._left.set()
+        distributed.when_aborted(message, failure["status"])
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_FAILURE}_seen/{self.index}", "", True)
             end = time.monotonic() + _NOTICE_SECONDS
-            for index in range(self.count) if self.first or failure["index"] == self.index else ():
+            for index in range(self.count) if self.first else ():
                 self._wait_for(f"{_FAILURE}_seen/{index}", end - time.monotonic())
         distributed.leave(message, failure["status"])
 
     def part(self) -> None:
-        """Says goodbye, where all processes come to an end together."""
-        jax.distributed.shutdown()  # which waits for the others
+        """Disconnects this process, at an end that all processes come to."""
+        jax.distributed.shutdown()  # waits for the other processes
         self._left.set()
 
 
 @contextlib.contextmanager
 def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[Processes]:
-    """Makes this process one of those that `config.distributed`, whose fields these are, speaks of.
+    """Connects this process to the others for its block; the arguments are the fields of `config.distributed`.
 
-    Where the block raises, but for an `Interrupted` that all agreed on, every process ends with that error's line and
-    status.
+    An error in the block ends every process with that error's line and status. An `Interrupted`, which all processes
+    raise together, is raised here.
 
     Raises:
-      RunError: the processes do not find one another.
+      RunError: the processes cannot connect.
     """
     if not coordinator:
         yield Processes()
@@ -195,8 +201,9 @@ def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[Pr
     processes = Processes()
     try:
         yield processes
-    except Interrupted:
+    except Interrupted as stop:
         processes.part()
+        stop.said = processes.first
         raise
     except BaseException as error:
         processes.fail(error)
@@ -204,7 +211,7 @@ def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[Pr
 
 
 def _described(error: BaseException) -> tuple[int | None, str]:
-    """The exit status and the line of an error; no status where a connection to another process broke."""
+    """The exit status and the message of `error`; the status is None if a connection to another process broke."""
     if isinstance(error, KeyboardInterrupt):
         signum = (error.args or (signal.SIGINT,))[0]
         return 128 + signum, "stopped; the same command in every process starts again"
@@ -213,12 +220,7 @@ def _described(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, OSError):
         where = error.filename or "the operating system"
         return 1, f"{where}: got {error.strerror or error}; expected to read or write there"
-    # What XLA raises where a connection breaks depends on the device.
+    # What XLA raises for a broken connection depends on the device.
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
         return None, f"{distributed.LOST} ({distributed.first_line(error)})"
     return 1, "".join(traceback.format_exception(error))
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 100 else f"{text[:97]}..."

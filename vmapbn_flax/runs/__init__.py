@@ -1,5 +1,5 @@
-"""One workdir: its files by name, the loop that trains what is in it, and what is said, drawn and loaded of it.
+"""One workdir: its files, the loop that trains its run, checkpoints, rows, pictures, and loading a finished run.
 
-The loop serves one run and several that train together in one program. Uses `multihost`, `training`, `data`, `nn` and
-the modules beside the packages; knows nothing of sweeps.
+The loop serves one run and several that train together in one program. This room uses `multihost`, `training`, `data`,
+`nn` and the modules beside the packages, and knows nothing of sweeps.
 """

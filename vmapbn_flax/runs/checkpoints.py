@@ -1,10 +1,10 @@
-"""Checkpoints: orbax saves and restores them, sums of their files tell whether they are what was saved."""
+"""Checkpoints: orbax saves and restores them, and SHA-256 sums of their files show damage."""
 
 import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,81 +21,81 @@ State = TypeVar("State")
 Arrays = dict[str, Any]
 Meta = dict[str, Any]
 
-_DELETED = "deleted"  # where a checkpoint is moved before it is removed: whole or gone, whenever a kill arrives
+_PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written or deleted
 
 
 class Checkpoints:
     """The checkpoints of one run, or of runs that train together, `<directory>/<step>/`: the latest two and the best.
 
-    Saving goes on in the background: `close`, on every way out, waits for it. Many processes save together, each what
-    it holds, into a directory that all of them see.
+    Saves run in the background; `close` waits for them, and every way out must call it. Many processes save together,
+    each its own shards, into a directory that all of them see. orbax's CheckpointManager is not used: where a save
+    fails in one of many processes, it waits minutes for the others before it says so.
 
     Args:
-      directory: of the checkpoints, made if need be.
-      alone: whether this process saves without the others, and all of it.
+      directory: of the checkpoints; made if it does not exist.
+      alone: whether this process saves by itself, without the others.
 
     Raises:
-      RunError: a save failed, here or on a later call.
+      RunError: a save failed. A save in the background raises at a later call.
     """
 
     def __init__(self, directory: Path, *, alone: bool = False):
         self._directory = directory.absolute()
-        self._policy = _LatestTwoAndBest()
+        self._first = alone or jax.process_index() == 0
+        self._kept: set[int | None] | None = None
         self._saving = self._directory
+        processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
+        self._checkpointer = ocp.AsyncCheckpointer(
+            _handler(processes),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
+            multiprocessing_options=processes,
+        )
         with self._failures():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    create=False,
-                    cleanup_tmp_directories=True,
-                    preservation_policy=self._policy,
-                    todelete_subdir=_DELETED,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
-                    multiprocessing_options=_this_process() if alone else ocp.options.MultiprocessingOptions(),
-                ),
-            )
+            if self._first:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                for partial in self._directory.glob(f"*{_PARTIAL}*"):
+                    shutil.rmtree(partial)
 
     def save(self, step: int, state: Any, meta: Meta, best_step: int | None = None) -> None:
-        """Saves `state` under `step` unless it is there.
+        """Saves `state` under `step`, unless that step is saved already.
 
         Args:
           step: of `state`.
-          state: a tree of arrays, of the host or, in many processes, of the devices, that nothing changes.
-          meta: what to save beside it, as JSON has it.
-          best_step: its checkpoint is kept beside the latest two.
+          state: a tree of arrays that nothing changes: numpy arrays or, in many processes, global arrays.
+          meta: JSON to save beside the state.
+          best_step: the step whose checkpoint is kept beside the latest two.
         """
-        self.wait()
-        self._policy.best_step = best_step
-        if step in saved_steps(self._directory):
-            return
-        self._saving = self._directory / str(step)
-        meta = {"step": step, **meta, "versions": versions()}
-        items = {"state": ocp.args.StandardSave(_named(state)), "meta": ocp.args.JsonSave(meta)}
-        with self._failures():
-            self._manager.reload()  # a failed save is no longer in its list, nor one that was moved aside
-            self._manager.save(step, args=ocp.args.Composite(**items))
+        saved = self.steps()
+        if step not in saved:
+            self._saving = self._directory / str(step)
+            meta = {"step": step, **meta, "versions": versions()}
+            items = {"state": ocp.args.StandardSave(_named(state)), "meta": ocp.args.JsonSave(meta)}
+            with self._failures():
+                self._checkpointer.save(self._saving, args=ocp.args.Composite(**items))
+        self._kept = {*sorted({*saved, step})[-2:], best_step}
 
     def _write_sums(self) -> None:
-        """What orbax calls when all files are written, before it gives the directory its name."""
-        (partial,) = self._directory.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
-        write_sums(partial)
+        """Called by orbax when all files are written, before the directory gets its name."""
+        write_sums(_partial(self._saving))
 
     def wait(self) -> None:
-        """Returns once what was saved is on the disk, and what that makes superfluous is not."""
+        """Returns when the last save is on the disk and the checkpoints that it supersedes are removed."""
         with self._failures():
-            self._manager.wait_until_finished()
-            shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
+            self._checkpointer.wait_until_finished()
+            if self._first and self._kept is not None:
+                for step in set(saved_steps(self._directory)) - self._kept:
+                    path = self._directory / str(step)
+                    shutil.rmtree(path.rename(_partial(path)))  # whole or gone, whenever a kill arrives
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
+        """Waits for the last save, and lets go of the directory."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._checkpointer.close()
 
     def steps(self) -> list[int]:
-        """The steps that are saved, in ascending order."""
+        """The saved steps, in ascending order; waits for the last save."""
         self.wait()
         return saved_steps(self._directory)
 
@@ -103,24 +103,15 @@ class Checkpoints:
     def _failures(self) -> Iterator[None]:
         try:
             yield
-        # A full disk raises whatever the layer that trips over it raises.
+        # A full disk raises a different exception in each layer below.
         except Exception as error:
+            self._kept = None
             steps = saved_steps(self._directory)
             raise RunError(
                 f"{self._directory}: got a checkpoint that could not be saved ({_reason(error)}); expected room "
                 f"and permission to write there. {f'That of step {steps[-1]} is whole' if steps else 'None is whole'}; "
-                f"with the reason put right, the same command continues."
+                f"with room and permission, the same command continues."
             ) from error
-
-
-class _LatestTwoAndBest:
-    """Which checkpoints orbax is to keep; the best is said when the next one is saved."""
-
-    best_step: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        latest = [checkpoint.step for checkpoint in checkpoints][-2:]
-        return [checkpoint.step in {*latest, self.best_step} for checkpoint in checkpoints]
 
 
 def _this_process() -> ocp.options.MultiprocessingOptions:
@@ -130,22 +121,26 @@ def _this_process() -> ocp.options.MultiprocessingOptions:
     )
 
 
+def _handler(processes: ocp.options.MultiprocessingOptions) -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=processes))
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic and file formats a run depends on."""
     return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")}
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps that `directory` has something for, good or damaged, in ascending order."""
+    """The steps of the checkpoints in `directory`, whole or damaged, in ascending order."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name))
 
 
 def restore(directory: Path, step: int, template: State) -> tuple[State, Meta]:
-    """The state saved under `step`, in the structure of `template`, and what was saved beside it.
+    """The state saved under `step`, in the structure of `template`, and the JSON saved beside it.
 
     Raises:
-      RunError: there is none, it is damaged, or it is of another model.
+      RunError: the checkpoint is missing, damaged, or of another model.
     """
     path = directory / str(step)
     try:
@@ -156,13 +151,12 @@ def restore(directory: Path, step: int, template: State) -> tuple[State, Meta]:
 
 
 def restore_latest(directory: Path, template: State) -> tuple[State, Meta] | None:
-    """The newest good state, in the structure of `template`, and what was saved beside it.
+    """`restore` of the newest whole checkpoint; None if there is no checkpoint at all.
 
-    None where there is no checkpoint at all. Every one is read, and the damaged are kept aside, under
-    `<directory>/damaged/`, with a warning for each.
+    Every checkpoint is read. Damaged ones are moved to `<directory>/damaged/`, with a warning each.
 
     Raises:
-      RunError: every checkpoint is damaged, or the newest good one is of another model; nothing is moved.
+      RunError: every checkpoint is damaged, or the newest whole one is of another model. Then nothing is moved.
     """
     newest, damaged = None, {}
     for step in reversed(saved_steps(directory)):
@@ -186,17 +180,15 @@ def restore_latest(directory: Path, template: State) -> tuple[State, Meta] | Non
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was saved."""
+    """The files of a checkpoint are not what was saved."""
 
 
 def _read(path: Path) -> tuple[Arrays, Meta]:
     try:
         require_whole(path)
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=_this_process())
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=_this_process()) as checkpointer:
-            # As arrays of the host, whatever devices they were saved from.
+        processes = _this_process()
+        with ocp.Checkpointer(_handler(processes), multiprocessing_options=processes) as checkpointer:
+            # As numpy arrays, whatever devices they were saved from.
             saved_as = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state")
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
             items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
@@ -204,16 +196,20 @@ def _read(path: Path) -> tuple[Arrays, Meta]:
         meta, count = saved["meta"], len(saved["meta"]["runs"])
         if str(meta["step"]) != path.name:
             raise ValueError(f"it was saved as step {meta['step']}")
-    # Damage raises whatever the layer that trips over it raises, `Exception` itself included.
+    # Damage raises a different exception in each layer below, `Exception` itself included.
     except Exception as error:
         raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
-    if count > 1:  # of many processes, whose devices it did not divide over, there are rows of padding
+    if count > 1:  # many processes also save the rows that pad the members to the devices
         return {name: array[:count] for name, array in saved["state"].items()}, meta
     return saved["state"], meta
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + _PARTIAL)
+
+
 def _reason(error: Exception) -> str:
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # at the end of pages of tensorstore's
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # at the end of a long message of tensorstore
         return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 

@@ -1,15 +1,18 @@
-"""What a run says on the terminal: a line at the start, progress, a table at the end."""
+"""Output on the terminal: lines, progress, tables."""
 
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from io import TextIOBase
+from io import StringIO
+from typing import IO
 
 from tqdm import tqdm
 
+TextFile = IO[str] | StringIO  # beartype takes no StringIO for an IO, since it has no `mode`
+
 
 def say(message: str) -> None:
-    """Prints a line, above the progress bar if there is one."""
+    """Prints a line to standard error, above the progress bar if there is one."""
     tqdm.write(message, file=sys.stderr)
 
 
@@ -41,7 +44,7 @@ class Progress(contextlib.AbstractContextManager):
             say(f"step {step} of {self._total_steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file: TextIOBase | None = None) -> None:
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file: TextFile | None = None) -> None:
     """Prints rows of cells in columns, to standard error unless `file` says otherwise."""
     from rich import box
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""What a run left in its workdir, read again."""
+"""Loading the config and the state of a run from its workdir."""
 
 from ml_collections import ConfigDict
 
@@ -14,7 +14,7 @@ def load_config(workdir: Workdir) -> ConfigDict:
     """The config of the run in `workdir`.
 
     Raises:
-      RunError: there is none, or it is damaged.
+      RunError: the config is missing or damaged.
     """
     saved = workdir.read_config()
     try:
@@ -28,10 +28,10 @@ def load_config(workdir: Workdir) -> ConfigDict:
 
 
 def load_state(workdir: Workdir, step: int | None, programs: Programs) -> TrainState:
-    """The state of `step`, by default the newest, from the checkpoints in `workdir`, on the host.
+    """The state saved in `workdir` under `step`, by default the newest, as numpy arrays.
 
     Raises:
-      RunError: there is none, it is damaged, or it is of another model.
+      RunError: the checkpoint is missing, damaged, or of another model.
     """
     directory = workdir.checkpoints
     steps = saved_steps(directory)

@@ -1,6 +1,6 @@
-"""The training loop: steps, and between them rows, evaluations, checkpoints and a look for signals.
+"""The training loop: steps, and between them rows, evaluations, checkpoints and signals.
 
-One run, or several that train together in one program; in one process, or in many that all run this.
+The loop serves one run, or several that train together in one program. Of many processes, every one runs the loop.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits fo
 
 
 class Loop:
-    """The runs of one program, from their newest checkpoint to their end.
+    """Trains the runs of one program, from their newest checkpoint to their end.
 
     Args:
-      records: of the runs, in the order that `programs` has them.
-      directory: of the checkpoints of all of them together.
-      train: what their configs say of training, which is the same for all.
-      started: `time.monotonic()` when the work on them began.
+      records: of the runs, in the order of `programs`.
+      directory: of the checkpoints, each of which holds all the runs.
+      train: the section `train` of the config, which is the same for all the runs.
+      started: `time.monotonic()` when the work on the runs began.
 
     Attributes:
-      step: that the runs are at.
-      state: theirs, on the devices.
-      timing: where the seconds go.
+      step: of the runs.
+      state: of the runs, on the devices.
+      timing: the seconds by activity.
 
     Raises:
       RunError: the checkpoints in `directory` are damaged or of other runs.
@@ -80,7 +80,7 @@ class Loop:
         return [record for record in self._records if not record.diverged]
 
     def _restore(self) -> tuple[TrainState, Meta] | None:
-        """The newest whole checkpoint, read by each process."""
+        """The newest whole checkpoint, which every process reads."""
         template, restored = self._programs.template(), None
         with self._processes.together() as agreement:
             if self._processes.first:
@@ -97,8 +97,8 @@ class Loop:
     def _require_fit(self, meta: Meta) -> None:
         if [run["name"] for run in meta["runs"]] != [record.name for record in self._records]:
             raise RunError(
-                f"{self._directory}: got checkpoints of other members, expected {self._records[0].name} and those "
-                f"that the ledger groups it with. Remove {self._directory.parent}, and they start afresh."
+                f"{self._directory}: got checkpoints of other members, expected {self._records[0].name} and the "
+                f"rest of its group. Remove {self._directory.parent} to start the group afresh."
             )
         for record, saved in zip(self._records, meta["runs"], strict=True):
             if not record.diverged:
@@ -111,7 +111,7 @@ class Loop:
             )
 
     def close(self) -> None:
-        """Waits for the save in flight; every way out leads here."""
+        """Waits for the save in flight, and closes the records; every way out must call it."""
         with contextlib.ExitStack() as stack:
             for record in self._records:
                 stack.callback(record.close)
@@ -127,18 +127,18 @@ class Loop:
         """Steps, rows, evaluations and checkpoints up to the last step, or until every run has diverged.
 
         Args:
-          received: signals, which may arrive at any time.
-          progress: is told of steps and evaluations.
-          on_divergence: is told of runs that have diverged, each with the step from which it stands still.
-          on_save: is told of steps that are being saved.
+          received: the signals of this process; more may arrive at any time.
+          progress: shows steps and evaluations.
+          on_divergence: called with the runs that have diverged, each with the step at which it is frozen.
+          on_save: called with each step that is being saved.
 
         Raises:
-          RunError: the first step left a running statistic where it was; or what `on_divergence` raises.
+          RunError: the first step did not change a running statistic; or what `on_divergence` raises.
           Interrupted: a signal arrived in one of the processes; the state is saved.
         """
         self.timing.started_up()
-        most_steps = 1  # at first, for a look at what a step does to the statistics
-        profile = self._train.profile  # of the few steps that come next, when the compiler is done
+        most_steps = 1  # first a single step: the check of the running statistics follows it
+        profile = self._train.profile  # of the second chunk: compiling is over then
         while True:
             due = self._evaluation_due()
             results = self._evaluate() if due else []
@@ -169,7 +169,7 @@ class Loop:
             progress.advance(count)
 
     def _agree(self, received: Sequence[int], most_steps: int) -> tuple[int, int]:
-        """Writes rows that are pending; returns a signal that some process has, or 0, and the first one's steps."""
+        """Writes the pending rows; returns a signal of any process, or 0, and the `most_steps` of process 0."""
         with self._processes.together() as agreement:
             while self._pending:
                 self._pending.pop(0)()
@@ -182,7 +182,7 @@ class Loop:
         return min(self._programs.total_steps, *((self.step // n + 1) * n for n in every))
 
     def _advance(self, count: int) -> float:
-        """Takes `count` steps and prepares the training rows if they are due; returns the seconds it took."""
+        """Takes `count` steps and prepares the training rows if they are due; returns the seconds of the steps."""
         before = self._programs.split(self.state.batch_stats) if self.step == 0 else []
         with self.timing.clock("train") as clock:
             self.state = self._programs.advance(self.state, self.step, count)
@@ -212,7 +212,7 @@ class Loop:
         self.state = self._programs.fresh_metrics(self.state)
 
     def _find_diverged(self) -> list[tuple[Record, int]]:
-        """Marks the runs that diverged in the last steps; returns them with the step of each."""
+        """Marks the runs that diverged in the last chunk; returns each with its step."""
         found = [
             (record, int(step))
             for record, (step, _, in_a_row) in zip(self._records, self._counters, strict=True)
@@ -228,7 +228,7 @@ class Loop:
         return (due or self.step == self._programs.total_steps) and not done
 
     def _evaluate(self) -> list[dict[str, float]]:
-        """The figures of every run, or of a diverged one nothing; prepares the evaluation rows."""
+        """The figures of every run, none for a diverged one; prepares the evaluation rows."""
         with self.timing.clock("evaluate"):
             measured = self._programs.measure(self.state)
             results = [{} if record.diverged else figures(m) for record, m in zip(self._records, measured, strict=True)]
@@ -238,7 +238,7 @@ class Loop:
         return results
 
     def save(self) -> None:
-        """Saves the state and what the records say of it, in the background; the rows are on the disk before."""
+        """Saves the state in the background, with the records' descriptions; first, all rows go to the disk."""
         with self.timing.clock("checkpoint"):
             for record in self.active:
                 record.flush()
@@ -246,31 +246,31 @@ class Loop:
             self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_step())
 
     def _best_step(self) -> int | None:
-        if len(self._records) > 1:  # that of each is another
+        if len(self._records) > 1:  # each has a best step of its own
             return None
         best = self._records[0].best_row([self.step, *self._checkpoints.steps()])
-        return best and best["step"]
+        return best["step"] if best else None
 
     def saved_steps(self) -> list[int]:
-        """The steps of the checkpoints, all of them whole on the disk."""
+        """The steps of the checkpoints, when all are whole on the disk."""
         with self.timing.clock("checkpoint"):
             return self._checkpoints.steps()
 
 
 def counters(state: TrainState) -> tuple[Any, Any, Any]:
-    """Of each run its steps, those skipped, and those skipped in a row."""
+    """The steps, the skipped steps, and the skipped steps in a row, of each run."""
     return state.step, state.skipped_steps, state.skipped_in_a_row
 
 
 def import_pictures() -> ModuleType:
-    """Half a second, of which nothing is left to wait for if it begins while the device works."""
+    """Imports matplotlib, which takes half a second: nobody waits if that begins while the device works."""
     from vmapbn_flax.runs import pictures
 
     return pictures
 
 
 def _require_moved(before: Any, after: Any) -> None:
-    """Refuses running statistics that a step left where they were: batch norm is not training then."""
+    """Refuses running statistics that a step did not change: batch norm is not training then."""
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         if np.array_equal(old, new):
             raise RunError(

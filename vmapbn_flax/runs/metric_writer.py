@@ -1,4 +1,4 @@
-"""The only code that writes down what a run measures."""
+"""The one place that writes the figures of a run."""
 
 import math
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Workdir, resume_step: int):
-        from vmapbn_flax.runs.tensorboard import EventFile  # while the device compiles: tensorboardX takes its time
+        from vmapbn_flax.runs.tensorboard import EventFile  # slow: imported while the device compiles
 
         self._log = AppendLog(workdir.metrics)
         self._log.cut_back(lambda row: row["step"] <= resume_step)
         self._events = EventFile(workdir.path, first_step=resume_step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float | int]) -> None:
-        """Appends one row; what is not finite is null in `metrics.jsonl`."""
+        """Appends one row; values that are not finite are null in `metrics.jsonl`."""
         self._log.append({"step": step, **finite(scalars)})
         self._events.add_scalars(scalars, step)
 
@@ -40,5 +40,5 @@ class MetricWriter:
 
 
 def finite(scalars: Mapping[str, float | int]) -> dict[str, float | int | None]:
-    """`scalars` with None for those that are not finite."""
+    """`scalars` with None in place of values that are not finite."""
     return {name: value if math.isfinite(value) else None for name, value in scalars.items()}

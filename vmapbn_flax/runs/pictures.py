@@ -52,9 +52,9 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
 
 
 def scale_accuracy(axes: Any) -> None:
-    """Logits spread out the last percent, which is where runs differ, without cutting off the start.
+    """Sets a logit scale, which spreads the last percent, where runs differ, and still shows the start.
 
-    0 and 1, which few examples may come to, have no logit: with one of them the scale is linear.
+    The accuracies 0 and 1, which few examples can give, have no logit: then the scale stays linear.
     """
     if all(0 < accuracy < 1 for line in axes.lines for accuracy in line.get_ydata()):
         axes.set_yscale("logit")

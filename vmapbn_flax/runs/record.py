@@ -16,13 +16,13 @@ from vmapbn_flax.training.metrics import TrainMetrics, compute
 class Record:
     """The rows and the summary of one run, which may be one of several that train together.
 
-    Every process of a run has its records; only where the workdir `writes` do they reach its files.
+    Every process has the records of its runs. Only where the workdir `writes` are the files written.
 
     Attributes:
-      name: of a sweep's member; "" for a run of its own.
+      name: of a sweep's member; "" for a solo run.
       config, workdir: of the run.
       rows: the training and evaluation rows so far.
-      diverged: whether the run has, and nothing more is to be written.
+      diverged: whether the run has diverged; nothing more is written then.
     """
 
     def __init__(self, config: ConfigDict, workdir: Workdir, selection: str, name: str = ""):
@@ -33,28 +33,31 @@ class Record:
         self._writer: MetricWriter | None = None
 
     def open(self, step: int) -> None:
-        """Opens the files of a run that is at `step`, without what is later in them."""
+        """Opens the files of a run that is at `step`, and cuts off later rows."""
         if self.workdir.writes:
             self._writer = MetricWriter(self.workdir, step)
         self.rows = [row for row in self.workdir.read_rows() if row["step"] <= step]
 
     def described(self) -> dict[str, Any]:
-        """What a checkpoint says of the run."""
+        """What a checkpoint saves about the run."""
         return {"name": self.name, "config": self.config.to_dict(), "rows": len(self.rows)}
 
     def require_fit(self, saved: Mapping[str, Any], step: int) -> None:
         """Refuses to continue from a checkpoint of another run, or one without its rows.
 
         Args:
-          saved: what `described` said when the checkpoint was saved.
+          saved: what `described` returned when the checkpoint was saved.
           step: of the checkpoint.
+
+        Raises:
+          RunError: the config or the rows do not fit the checkpoint.
         """
         resume_changes(saved["config"], self.config)
         count = sum(row["step"] <= step for row in self.workdir.read_rows())
         if count < saved["rows"]:
             raise RunError(
                 f"{self.workdir.metrics}: got {count} rows up to step {step}, expected the {saved['rows']} that were "
-                f"there when its checkpoint was saved. Put the file back, or start afresh in another --workdir."
+                f"there when the checkpoint was saved. Put the file back, or start afresh in another --workdir."
             )
 
     def trained(self, step: int, metrics: TrainMetrics, skipped_steps: int, learning_rate: float) -> None:
@@ -77,7 +80,7 @@ class Record:
         return bool(self.rows) and self.rows[-1]["step"] == step and self._selection in self.rows[-1]
 
     def flush(self) -> None:
-        """Returns once the rows are on the disk."""
+        """Returns when the rows are on the disk."""
         if self._writer:
             self._writer.flush()
 
@@ -86,17 +89,18 @@ class Record:
             self._writer.close()
 
     def best_row(self, saved: Sequence[int]) -> dict[str, Any] | None:
-        """The evaluation that selection prefers of those at one of the steps `saved`.
+        """The best evaluation at one of the steps `saved`, by the selection metric; None without any.
 
-        The latest of equals; one that is not finite comes last.
+        Of equals the latest is the best. A metric that is not finite ranks last.
         """
         name = self._selection
         rows = [row for row in self.rows if name in row and row["step"] in saved]
         return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]), default=None)
 
     def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float], device: str) -> dict[str, Any]:
-        """Writes the last evaluation's figures to TensorBoard's hparams and the summary, which it returns."""
+        """Writes the last evaluation to TensorBoard's hparams, and the summary; returns the summary."""
         best = self.best_row(saved)
+        assert best is not None, "the last step is evaluated"
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
         results = {f"hparam/{name}": value for name, value in evaluation.items() if not name.endswith("_count")}
         if self._writer:

@@ -1,4 +1,4 @@
-"""Sums of a checkpoint's files, by which it is known to be what was saved; orbax has none."""
+"""SHA-256 sums of a checkpoint's files, which show damage; orbax has no sums."""
 
 import hashlib
 from pathlib import Path
@@ -9,17 +9,17 @@ _SUMS = "SHA256"  # for `sha256sum --check`
 
 
 def write_sums(path: Path) -> None:
-    """Notes the SHA-256 of each file of the checkpoint `path` in it."""
+    """Writes the SHA-256 of each file of the checkpoint `path` into the checkpoint."""
     write_whole(path / _SUMS, "".join(f"{sha}  {name}\n" for name, sha in _file_sums(path).items()))
 
 
 def require_whole(path: Path) -> None:
-    """Refuses a checkpoint of which a file changed.
+    """Refuses a checkpoint with a changed file.
 
-    orbax would notice most of what can happen to them, but on errors its threads print tracebacks when they like.
+    orbax would notice most damage, but its threads print tracebacks then.
 
     Raises:
-      ValueError: a file is missing, another, or not what it was.
+      ValueError: a file is missing, superfluous or changed.
       OSError: the sums cannot be read.
     """
     lines = [line.partition("  ") for line in (path / _SUMS).read_text().splitlines()]
@@ -30,6 +30,6 @@ def require_whole(path: Path) -> None:
 
 
 def _file_sums(path: Path) -> dict[str, str]:
-    """SHA-256 of the files of a checkpoint, as `sha256sum` lists them."""
+    """SHA-256 of each file of a checkpoint, by its relative path."""
     files = sorted(file for item in ("meta", "state") for file in (path / item).rglob("*") if file.is_file())
     return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

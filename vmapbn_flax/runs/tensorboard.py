@@ -1,6 +1,6 @@
-"""TensorBoard's event files, from tensorboardX's parts.
+"""TensorBoard's event files, written with parts of tensorboardX.
 
-Not with its writer: once a full disk has ended the thread in there, the next events wait for ever.
+Its own writer has a thread. When a full disk has ended the thread, the next event waits for ever.
 """
 
 import math
@@ -19,10 +19,10 @@ from vmapbn_flax.files import AppendFile
 
 
 class EventFile(AppendFile):
-    """A new event file in `directory`; what earlier ones say of `first_step` and later is void."""
+    """A new event file in `directory`; it voids the events of `first_step` and later in earlier files."""
 
     def __init__(self, directory: Path, first_step: int):
-        now = time.time_ns()  # a name of its own, and the order in which TensorBoard reads them
+        now = time.time_ns()  # a unique name; TensorBoard reads the files in this order
         super().__init__(directory / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}")
         self._append(file_version="brain.Event:2")
         self._append(step=first_step, session_log=SessionLog(status=SessionLog.START))
@@ -33,12 +33,12 @@ class EventFile(AppendFile):
 
     def add_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
         """Fills the hparams tab; a result of None is NaN there."""
-        # TensorBoard has no lists, and tensorboardX leaves out what it has no type for.
-        hparams = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
-        results = {key: math.nan if value is None else value for key, value in results.items()}
-        for part in summary.hparams(hparams, results):
+        # TensorBoard has no lists, and tensorboardX leaves out values of types that it does not know.
+        known = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
+        scalars = {key: math.nan if value is None else value for key, value in results.items()}
+        for part in summary.hparams(known, scalars):
             self._append(summary=part)
-        self.add_scalars(results)
+        self.add_scalars(scalars)
 
     def _append(self, **content: object) -> None:
         """Writes a TFRecord: the length and the event, each followed by its checksum."""

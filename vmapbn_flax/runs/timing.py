@@ -1,4 +1,4 @@
-"""Where the time of a run goes: clocks, its speed, and a profile of a few of its steps."""
+"""Where the time of a run goes: clocks, the speed of its loop, and a profile of a few steps."""
 
 import contextlib
 import time
@@ -13,44 +13,49 @@ from vmapbn_flax.training.compiler import Compiler
 
 
 class Clock:
-    """What one block took.
+    """The time of one block.
 
     Attributes:
-      seconds: set when it ends.
+      seconds: set when the block ends.
     """
 
     seconds = 0.0
 
 
 class Timing:
-    """The seconds of a run of what `compiler` compiles, whose program started at `time.monotonic() == started`."""
+    """The seconds of a run.
+
+    Args:
+      compiler: of the run's programs.
+      started: `time.monotonic()` when the program started.
+    """
 
     def __init__(self, compiler: Compiler, started: float):
         self._compiler, self._started = compiler, started
         self._seconds: dict[str, float] = defaultdict(float)
 
     def started_up(self) -> None:
-        """Says that all so far, but for compiling, was `startup`."""
+        """Counts all time so far, without compiling, as `startup`."""
         self._seconds["startup"] = time.monotonic() - self._started - self._compiler.compile_seconds
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[Clock]:
-        """Adds the seconds of its block to `name`, without those spent compiling."""
+        """Adds the seconds of its block, without compiling, to `name`."""
         clock, started, compiled = Clock(), time.monotonic(), self._compiler.compile_seconds
         yield clock
         clock.seconds = time.monotonic() - started - (self._compiler.compile_seconds - compiled)
         self._seconds[name] += clock.seconds
 
     def seconds(self) -> dict[str, float]:
-        """How long each thing took."""
+        """The seconds by activity, and their total."""
         seconds = {"compile": self._compiler.compile_seconds, **self._seconds}
         return {**seconds, "total": time.monotonic() - self._started}
 
     def speed(self, examples: int) -> dict[str, int | float]:
-        """How fast the training loop, which ends now, went through `examples`; nothing if there were none.
+        """The speed of the training loop, which ends now, on so many `examples`; empty without examples.
 
-        The loop's time is all that was not spent starting, compiling, evaluating, saving or writing a profile. What
-        of it was not spent in calls of the compiled training step is `fraction_outside_device_program`.
+        The loop's time is the total without startup, compiling, evaluation, checkpoints and profiles. The part of it
+        outside the compiled training program is `fraction_outside_device_program`.
         """
         if not examples:
             return {}
@@ -66,7 +71,7 @@ class Timing:
         """Writes a trace of its block into `directory`, for TensorBoard and Perfetto.
 
         Raises:
-          RunError: it cannot be written.
+          RunError: the trace cannot be written.
         """
         with self._profiler(directory):
             jax.profiler.start_trace(directory)

@@ -10,7 +10,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.config import resume_changes, validate, without_distributed
+from vmapbn_flax.config import flat, resume_changes, validate, without_distributed
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import read_json
@@ -28,8 +28,8 @@ def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[
     """Trains, or resumes, the run in the workdir `path`, and returns its summary.
 
     Args:
-      config: what `vmapbn_flax.default_config()` makes.
-      path: made if need be; the README says what it then holds.
+      config: made from `vmapbn_flax.default_config()`.
+      path: of the workdir; made if it does not exist. The README lists its files.
       started: `time.monotonic()` when the program started, for the summary; by default now.
 
     Raises:
@@ -42,21 +42,27 @@ def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[
     divide_cpu(config.mesh, sweep=False, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         config, workdir = without_distributed(config), Workdir(path, writes=processes.first)
-        processes.require_same(config=config.to_dict(), versions=versions())
+        processes.require_same(described(config))
         if workdir.is_refreshed:
             raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {path.parent} instead")
         dataset = load_dataset(config.data)
         if processes.count > 1:
-            processes.require_same(data=dataset.fingerprint())
-        # The last to find fault with the config: nothing is written before.
+            processes.require_same({"data": dataset.fingerprint()})
+        # The last check of the config: nothing is written before it.
         programs = Programs([config], dataset, solo_mesh(config.mesh))
         with contextlib.closing(programs), held(workdir, processes):
             return _train(config, workdir, dataset, programs, processes, started)
 
 
+def described(config: ConfigDict) -> dict[str, Any]:
+    """What must be the same in every process before it loads data: the config and the packages."""
+    fields = {f"config.{name}": value for name, value in flat(config).items()}
+    return fields | {"packages": versions()}
+
+
 @contextlib.contextmanager
 def held(workdir: Workdir, processes: Processes) -> Iterator[None]:
-    """Holds the workdir for `processes`, of which the first has the lock.
+    """Locks the workdir for `processes`; the first one holds the lock.
 
     Raises:
       RunError: see `Workdir.lock`; or not every process sees the same directory.
@@ -78,7 +84,7 @@ def held(workdir: Workdir, processes: Processes) -> Iterator[None]:
 def _train(
     config: ConfigDict, workdir: Workdir, dataset: Dataset, programs: Programs, processes: Processes, started: float
 ) -> dict[str, Any]:
-    """Trains the run in a workdir that is held."""
+    """Trains the run in a locked workdir."""
     changes = resume_changes(workdir.read_config(), config) if workdir.config.exists() else None
     if summary := _finished(workdir, changes):
         if processes.first:
@@ -99,7 +105,7 @@ def _train(
 
 
 def _finished(workdir: Workdir, changes: Sequence[str] | None) -> dict[str, Any] | None:
-    """The summary of the run in `workdir`, if there is one that `changes` of its config leave valid."""
+    """The summary of a finished run; None if there is none, or if `changes` of the config outdate it."""
     path = workdir.summary
     if changes is None or not path.exists() or any("train.num_epochs" in change for change in changes):
         return None
@@ -110,9 +116,9 @@ def _finished(workdir: Workdir, changes: Sequence[str] | None) -> dict[str, Any]
 
 
 def _start(workdir: Workdir, config: ConfigDict, changes: Sequence[str] | None) -> None:
-    """Makes `config` that of the workdir, with `changes` to the one there, if there is one."""
+    """Saves `config` in the workdir, if it has `changes` or is the first."""
     if changes != []:
-        workdir.summary.unlink(missing_ok=True)  # first: from here on the run is not finished
+        workdir.summary.unlink(missing_ok=True)  # before the config: from here on the run is not finished
         workdir.write(workdir.config, config.to_dict())
 
 
@@ -131,7 +137,7 @@ def _say_start(
 
 
 def _refuse(record: Record, step: int, loop: Loop, programs: Programs) -> NoReturn:
-    """Ends a run whose last steps, up to `step`, were not finite."""
+    """Ends a run that diverged at `step`."""
     (rate,) = programs.learning_rates(step - 1)
     saved = loop.saved_steps()
     good = record.workdir.checkpoints / str(saved[-1]) if saved else None

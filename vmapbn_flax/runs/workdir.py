@@ -1,4 +1,4 @@
-"""The workdir: the one place that knows the names of the files in it, what it is, and who holds it."""
+"""The workdir: the names of its files, its kind, and its lock. No other module names a file in it."""
 
 import contextlib
 import fcntl
@@ -16,9 +16,9 @@ class Workdir:
     """The directory of a run, of a sweep, of a sweep's member, or of refreshed statistics.
 
     Attributes:
-      path: of the directory, which need not be there yet.
-      writes: whether this process writes its files; of many processes only the first one does, and for the others
-        what would write does nothing.
+      path: of the directory, which may not exist yet.
+      writes: whether this process writes the files. Of many processes only the first does; in the others `write` does
+        nothing.
     """
 
     def __init__(self, path: Path, *, writes: bool = True):
@@ -27,7 +27,7 @@ class Workdir:
     def __str__(self) -> str:
         return str(self.path)
 
-    # Of a run.
+    # Files of a run.
 
     @property
     def config(self) -> Path:
@@ -66,10 +66,10 @@ class Workdir:
 
     @property
     def refresh(self) -> Path:
-        """The figures before and after statistics were refreshed, as JSON; marks a workdir that holds such."""
+        """The figures before and after a refresh, as JSON; marks a workdir of refreshed statistics."""
         return self.path / "refresh.json"
 
-    # Of a sweep.
+    # Files of a sweep.
 
     @property
     def ledger(self) -> Path:
@@ -86,15 +86,15 @@ class Workdir:
         return Workdir(self.path / name, writes=self.writes)
 
     def group_checkpoints(self, number: int) -> Path:
-        """The directory of checkpoints of a group of members that train together."""
+        """The directory of checkpoints of a group, whose members train together."""
         return self.path / "groups" / str(number) / "checkpoints"
 
     @property
     def sweep(self) -> "Workdir":
-        """The workdir that is the sweep's if this one is a member's."""
+        """The workdir of the sweep, if this one is a member's."""
         return Workdir(self.path.absolute().parent, writes=self.writes)
 
-    # What it is.
+    # Its kind.
 
     @property
     def is_refreshed(self) -> bool:
@@ -106,21 +106,21 @@ class Workdir:
 
     @property
     def is_run(self) -> bool:
-        """Whether it has what a run leaves behind and a sweep does not."""
+        """Whether it has files of a run that a sweep does not have."""
         return self.metrics.exists() or (self.config.exists() and not self.is_sweep)
 
-    # What is in it.
+    # Its content.
 
     def read_config(self) -> dict[str, Any]:
         """The saved config.
 
         Raises:
-          RunError: there is none, or it is damaged.
+          RunError: the config is missing or damaged.
         """
         return read_json(self.config)
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """The rows of `metrics`, none if there is no such file.
+        """The rows of `metrics`; none if the file does not exist.
 
         Raises:
           RunError: a line before the last is damaged.
@@ -128,20 +128,20 @@ class Workdir:
         return [row for _, row in read_lines(self.metrics)]
 
     def write(self, path: Path, content: Any) -> None:
-        """Writes one of its files, as JSON, whole or not at all.
+        """Writes `path`, a file of the workdir, as JSON, whole or not at all.
 
         Raises:
-          RunError: it cannot be written.
+          RunError: the file cannot be written.
         """
         if self.writes:
             make_directory(path.parent)
             write_json(path, content)
 
-    # Who holds it.
+    # Its lock.
 
     @property
     def holder(self) -> str:
-        """Who has the lock, or had it last."""
+        """The process that has the lock, or had it last, in words."""
         return self._lock_file.read_text(errors="replace") if self._lock_file.exists() else ""
 
     @property
@@ -150,10 +150,12 @@ class Workdir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the workdir, made if need be, for this process; if it is killed the operating system lets go.
+        """Locks the workdir, made if it does not exist, for this process.
+
+        The operating system frees the lock of a killed process.
 
         Raises:
-          RunError: another process holds it, or it cannot be written to.
+          RunError: another process has the lock, or the workdir cannot be written to.
         """
         make_directory(self.path)
         try:

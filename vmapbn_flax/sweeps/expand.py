@@ -1,4 +1,4 @@
-"""What a sweep is made of: its config expanded to members, and those divided into groups that train together."""
+"""A sweep's config expanded to members, and the members divided into groups that train together."""
 
 import difflib
 import itertools
@@ -21,8 +21,8 @@ _LONGEST_NAME = 200  # characters; file systems end at 255
 class Member(NamedTuple):
     """One run of a sweep."""
 
-    name: str  # of its values, as `learning_rate=0.003,seed=1`; the name of its workdir too
-    config: ConfigDict  # an ordinary one, without a sweep
+    name: str  # its values, as `learning_rate=0.003,seed=1`; also the name of its workdir
+    config: ConfigDict  # of a run, without a sweep
     values: dict[str, Any]  # of the swept fields, by their dotted names
 
 
@@ -85,7 +85,7 @@ def _zip(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigD
 
 
 def _random(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
-    """Draws that differ; more of them, or another field beside theirs, leaves the first as they are."""
+    """Distinct draws; more draws, or a further field, leave the first ones as they are."""
     drawn = []
     for number in range(100 * options.size):
         values = {name: _draw(name, leaf, fields[name], (options.seed, number)) for name, leaf in sweep.items()}
@@ -103,7 +103,7 @@ _COMBINE = {"product": _product, "zip": _zip, "random": _random}
 
 
 def _draw(name: str, leaf: tuple, field: Any, seed: tuple[int, int]) -> Any:
-    """One value of `leaf`, a function of `seed` and `name`."""
+    """One value from `leaf`, drawn by `seed` and `name` alone."""
     rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
     if leaf[0] not in _DISTRIBUTIONS:
         return leaf[rng.integers(len(leaf))]
@@ -115,11 +115,11 @@ def _draw(name: str, leaf: tuple, field: Any, seed: tuple[int, int]) -> Any:
         raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected choices, for {field!r} is no number")
     low, high = bounds
     value = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
-    return round(value) if isinstance(field, int) else float(f"{value:.4g}")  # what a name can show
+    return round(value) if isinstance(field, int) else float(f"{value:.4g}")  # the digits that a name shows
 
 
 def _typed(name: str, value: Any, field: Any) -> Any:
-    """`value` as the type of `field`, which it overrides."""
+    """`value` in the type of `field`, the value that it replaces."""
     if isinstance(field, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(field, tuple) and isinstance(value, list):
@@ -139,7 +139,7 @@ def _with(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _labels(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """The last part of each dotted name, or all of it where two have the same."""
+    """The last part of each dotted name, or the whole name if two have the same last part."""
     last = [name.rpartition(".")[2] for name in names]
     return {name: label if last.count(label) == 1 else name for name, label in zip(names, last, strict=True)}
 
@@ -167,7 +167,7 @@ def _check(members: Sequence[Member]) -> None:
 
 
 def program_key(config: ConfigDict) -> str:
-    """The same for configs that differ only in what a program takes as an argument."""
+    """A key that is the same for configs that one program serves: they differ only in its arguments."""
 
     def is_argument(name: str) -> bool:
         # Members of a group train for as many epochs: one loop advances them together.
@@ -177,7 +177,7 @@ def program_key(config: ConfigDict) -> str:
 
 
 def program_groups(members: Sequence[Member]) -> list[list[Member]]:
-    """The members that each program serves."""
+    """The members, grouped by the program that serves them."""
     groups: dict[str, list[Member]] = {}
     for member in members:
         groups.setdefault(program_key(member.config), []).append(member)
@@ -185,7 +185,7 @@ def program_groups(members: Sequence[Member]) -> list[list[Member]]:
 
 
 def chunk(members: Sequence[Member], most: int) -> list[list[Member]]:
-    """`members` in as few parts of at most `most` as it takes, as equal as can be: of few sizes, few programs."""
+    """`members` in the fewest parts of at most `most`, as equal as possible: each size is a program of its own."""
     parts = -(-len(members) // most)
     cuts = [len(members) * i // parts for i in range(parts + 1)]
     return [list(members[a:b]) for a, b in itertools.pairwise(cuts)]

@@ -1,4 +1,4 @@
-"""The ledger of a sweep: who its members are, who trains with whom, and what became of each."""
+"""The ledger of a sweep: its members, its groups, and the status of each member."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,14 +8,16 @@ from vmapbn_flax.files import read_json
 from vmapbn_flax.runs.workdir import Workdir
 
 STATUSES = ("pending", "running", "done", "diverged", "failed")
-_OVER = ("done", "diverged")  # for good: what has failed is tried again
+_OVER = ("done", "diverged")  # for good; a failed member is tried again
 
 
 class Ledger:
-    """What is fixed before training, so that group membership, and with it a member's bits, never change.
+    """The members and groups of a sweep, saved in its workdir.
+
+    Group membership is fixed before training: a member's bits are reproducible only in the same group.
 
     Attributes:
-      members: by name, the status, the step and, where there is one, the reason.
+      members: status, step and reason of each, by name.
       groups: the names of the members of each group.
 
     Raises:
@@ -30,17 +32,17 @@ class Ledger:
             self.update(read_json(workdir.ledger))
 
     def update(self, content: Any) -> None:
-        """Takes over what another ledger's `content` is.
+        """Replaces members and groups with those of `content`, another ledger's.
 
         Raises:
-          RunError: it is not that.
+          RunError: `content` is not a ledger's.
         """
         try:
             self.members, self.groups = dict(content["members"]), [list(names) for names in content["groups"]]
             if any(entry["status"] not in STATUSES for entry in self.members.values()):
-                raise ValueError("a status that there is not")
+                raise ValueError("an unknown status")
             if sorted(name for names in self.groups for name in names) != sorted(self.members):
-                raise ValueError("groups of other members")
+                raise ValueError("groups that do not have its members")
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{self._workdir.ledger}: got no ledger of a sweep ({error!r}), expected what the sweep wrote there. "
@@ -49,18 +51,18 @@ class Ledger:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """The whole ledger, as JSON."""
         return {"members": self.members, "groups": self.groups}
 
     def add(self, groups: Iterable[Sequence[str]]) -> None:
-        """Adds groups of new members, and writes."""
+        """Adds groups of new members, and writes the ledger."""
         for names in groups:
             self.groups.append(list(names))
             self.members |= {name: {"status": "pending", "step": 0, "reason": ""} for name in names}
         self.write()
 
     def mark(self, names: Iterable[str], status: str, step: int | None = None, reason: str = "") -> None:
-        """Notes what became of members that are not over, and writes."""
+        """Sets the status of those of `names` that are not over, and writes the ledger."""
         for name in names:
             if not self.is_over(name):
                 entry = self.members[name]
@@ -82,7 +84,7 @@ class Ledger:
 
 
 def refuse_unfinished_member(workdir: Workdir) -> None:
-    """Refuses to train a sweep's member alone before its sweep is done with it.
+    """Refuses to train a member alone while its sweep is not done with it.
 
     Raises:
       RunError: `workdir` is that of such a member.

@@ -18,7 +18,7 @@ _LONGEST_LABEL = 45  # characters
 def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
     """Draws a sweep into `output`: validation accuracy against each swept value, and against steps.
 
-    Settings come best first, and the colours follow: a line is the mean over seeds, a band the deviation.
+    Settings come best first, in the order of the colours. A line is the mean over seeds, a band the standard deviation.
     """
     fields = [name for name, values in _values(settings).items() if len(values) > 1]
     with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
@@ -53,7 +53,7 @@ def _values(settings: Sequence[Setting]) -> dict[str, list[Any]]:
 
 
 def _draw_values(axes: Any, name: str, settings: Sequence[Setting], colours: Any) -> None:
-    """A point for each member that is done, a cross where one has diverged, on a scale that suits the values."""
+    """Draws a point for each member that is done and a cross for a diverged one, on a scale that suits the values."""
     values = _values(settings)[name]
     numeric = all(isinstance(value, int | float) for value in values)
     positions = values if numeric else range(len(values))
@@ -73,7 +73,7 @@ def _draw_values(axes: Any, name: str, settings: Sequence[Setting], colours: Any
 
 
 def _curve(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, and the mean and the deviation of the members that were evaluated at each."""
+    """The steps, and mean and standard deviation of the members that were evaluated at each."""
     at: dict[int, list[float]] = {}
     for member in setting.members:
         for row in member.rows:

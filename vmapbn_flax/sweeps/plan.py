@@ -1,4 +1,4 @@
-"""What a sweep is going to do: who trains with whom, fixed in its ledger and said before anything runs."""
+"""The plan of a sweep: which members train together, fixed in the ledger and printed before anything trains."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,39 +15,40 @@ from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.members import member_bytes
 
-_MEMORY_SHARE = 0.5  # of the devices' memory, that a group chosen automatically may take by its estimate
+_MEMORY_SHARE = 0.5  # of the devices' memory, that a group may take by its estimate
 
 
 class Datasets:
-    """The data sets of a sweep, of which the last used is kept."""
+    """The data sets of a sweep; only the last one stays in memory."""
 
-    def __init__(self):
-        self._key, self._dataset = None, None
+    def __init__(self) -> None:
+        self._loaded: dict[tuple, Dataset] = {}
 
-    def of(self, config: ConfigDict) -> Dataset:
+    def load(self, config: ConfigDict) -> Dataset:
         """The data set of a member.
 
         Raises:
-          UsageError: it cannot be loaded, or is larger than the memory limit.
+          UsageError: the data set cannot be loaded, or is larger than the memory limit.
         """
         data = config.data
         key = (data.name, data.dir, data.validation_size, data.memory_limit)
-        if key != self._key:
-            self._key, self._dataset = key, load_dataset(data)
-        if self._dataset.streamed:  # each member would have windows of its own, in its own order
+        if key not in self._loaded:
+            self._loaded = {key: load_dataset(data)}
+        dataset = self._loaded[key]
+        if dataset.streamed:  # each member would need windows in an order of its own
             raise UsageError(
                 f"config.data.memory_limit: got {data.memory_limit}, expected at least "
-                f"{self._dataset.gigabytes}, for {data.name}, which the members of a sweep share in memory. "
+                f"{dataset.gigabytes}, for {data.name}, which the members of a sweep share in memory. "
                 f"Raise it with --config.data.memory_limit=..., or train the members one by one."
             )
-        return self._dataset
+        return dataset
 
 
 def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member], datasets: Datasets) -> Ledger:
-    """The ledger, with groups for members that are new to it, and a word about what there is to do.
+    """The ledger, with groups for new members; prints the plan.
 
     Raises:
-      RunError: `workdir` is of something else, of a sweep with other members, or its ledger is damaged.
+      RunError: `workdir` is a run's, or that of a sweep with other members, or its ledger is damaged.
     """
     ledger = Ledger(workdir)
     if workdir.is_run:
@@ -81,10 +82,10 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
 
 
 def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
-    """How many members of a group may train at once in the memory there is."""
+    """How many members of a group fit in memory at once, by an estimate."""
     config = together[0].config
     memory = mesh.memory_bytes(mesh.member_mesh(config.mesh, len(together)))
-    return max(1, int(_MEMORY_SHARE * memory) // member_bytes(config, datasets.of(config)))
+    return max(1, int(_MEMORY_SHARE * memory) // member_bytes(config, datasets.load(config)))
 
 
 def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
@@ -95,7 +96,7 @@ def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], d
     rows = []
     for number, names in enumerate(ledger.groups):
         config = members[names[0]].config
-        megabytes = len(names) * member_bytes(config, datasets.of(config)) / 1e6
+        megabytes = len(names) * member_bytes(config, datasets.load(config)) / 1e6
         over = sum(ledger.is_over(name) for name in names)
         devices = mesh.member_mesh(config.mesh, len(names)).size
         rows.append((number, len(names), over, devices, f"{megabytes:.0f} MB", names[0]))

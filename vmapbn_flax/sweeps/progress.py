@@ -1,4 +1,4 @@
-"""What a sweep shows while it trains."""
+"""The progress of a sweep on the terminal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,12 +13,13 @@ class SweepProgress(Progress):
         super().__init__(0, 0, shown=shown)
         self._ledger = ledger
         self._best: tuple[float, str] | None = None
-        self._number, self._names = 0, []
+        self._number = 0
+        self._names: Sequence[str] = ()
 
     def start(self, number: int, names: Sequence[str], total_steps: int) -> None:
-        """The group `number`, of members that take `total_steps` each, is next."""
+        """Shows that the group `number`, whose members take `total_steps` each, is next."""
         self._number, self._names, self._total_steps = number, names, total_steps
-        # Of the others nothing is known until they start; most sweeps have as many steps throughout.
+        # The steps of later groups are not known yet; in most sweeps all members take equally many.
         self._bar.total = total_steps * len(self._ledger.members)
         self._bar.n = sum(entry["step"] for entry in self._ledger.members.values())
         self._show()

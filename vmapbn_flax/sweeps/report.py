@@ -1,10 +1,9 @@
-"""`python -m vmapbn_flax report`: a sweep's settings, ranked, its best member, and a picture."""
+"""The report of a sweep: its settings, ranked, its best member, and a picture."""
 
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from io import TextIOBase
 
 from vmapbn_flax.runs import console
 from vmapbn_flax.runs.workdir import Workdir
@@ -12,17 +11,17 @@ from vmapbn_flax.sweeps.pictures import plot_sweep
 from vmapbn_flax.sweeps.results import SELECTION, Result, Setting, read_settings
 
 
-def report(workdir: Workdir, file: TextIOBase | None = None) -> Result | None:
+def report(workdir: Workdir, file: console.TextFile | None = None) -> Result | None:
     """Prints the ranking of the sweep in `workdir`, draws `sweep.png` there, and returns the best member.
 
-    That is the best of the best setting by validation accuracy; None where no member is done.
+    The best member is that of the best setting, by validation accuracy; None if no member is done.
 
     Args:
       workdir: of a sweep, which may still be running.
-      file: where to print to, standard error by default.
+      file: to print to; by default standard error.
 
     Raises:
-      RunError: there is no sweep, or it is damaged.
+      RunError: `workdir` has no sweep, or a damaged one.
     """
     file = file or sys.stderr
     settings = read_settings(workdir)
@@ -55,7 +54,7 @@ def _cells(setting: Setting) -> Sequence[str]:
 
 
 def _spread(figures: Sequence[float]) -> str:
-    """The mean, and over more than one the standard deviation."""
+    """The mean in percent, and of several figures the standard deviation."""
     if not figures:
         return ""
     deviation = f" ± {100 * statistics.stdev(figures):.2f}" if len(figures) > 1 else ""

@@ -1,4 +1,4 @@
-"""What a sweep found: read from its ledger and its members' rows, and ranked by validation accuracy."""
+"""The results of a sweep, read from its ledger and its members' rows, and ranked by validation accuracy."""
 
 import statistics
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ SELECTION = "validation_accuracy"
 
 
 class Result(NamedTuple):
-    """A member, and where it has come to."""
+    """A member, its status and its rows."""
 
     name: str
     values: dict[str, Any]  # of the swept fields
@@ -24,14 +24,14 @@ class Result(NamedTuple):
     rows: list[dict[str, Any]]  # of its metrics.jsonl, as far as its sweep trained it
 
     def figure(self, name: str) -> float | None:
-        """The last evaluation's `name`, of a member that has come to its end."""
+        """`name` in the last evaluation; None if the member is not done."""
         if self.status != "done":
             return None
         return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
 
 
 class Setting(NamedTuple):
-    """Members that differ in their seed alone."""
+    """Members that differ only in the seed."""
 
     label: str
     values: dict[str, Any]  # of the swept fields but the seed
@@ -43,19 +43,18 @@ class Setting(NamedTuple):
         return [figure for figure in found if figure is not None]
 
     def best(self) -> Result | None:
-        """The member that selection prefers."""
-        done = [member for member in self.members if member.figure(SELECTION) is not None]
-        return max(done, key=lambda member: member.figure(SELECTION), default=None)
+        """The member with the highest validation accuracy; None if no member is done."""
+        found = [(figure, member) for member in self.members if (figure := member.figure(SELECTION)) is not None]
+        return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def read_settings(workdir: Workdir) -> list[Setting]:
     """The settings of the sweep in `workdir`, the best mean validation accuracy first.
 
-    A setting with members that have none, for they diverged, failed or are not done, comes after those
-    without. Test accuracy has no say.
+    Settings with a member that has none (it diverged, failed or is not done) come last. Test accuracy does not count.
 
     Raises:
-      RunError: there is no sweep, or it is damaged.
+      RunError: `workdir` has no sweep, or a damaged one.
     """
     if not workdir.is_sweep:
         raise RunError(
@@ -76,7 +75,7 @@ def read_settings(workdir: Workdir) -> list[Setting]:
 
 def _read(workdir: Workdir, name: str, values: dict[str, Any], entry: dict[str, Any]) -> Result:
     rows = workdir.read_rows()
-    if entry["status"] in ("done", "diverged"):  # it may have been continued alone since
+    if entry["status"] in ("done", "diverged"):  # the member may have been continued alone since
         rows = [row for row in rows if row["step"] <= entry["step"]]
     return Result(name, values, entry["status"], entry["step"], rows)
 

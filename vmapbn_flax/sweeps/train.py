@@ -1,4 +1,4 @@
-"""Training a sweep: its members in groups, each group one program, and a ledger of what became of them."""
+"""Training a sweep: group after group, each in one program, with the status of each member in a ledger."""
 
 import contextlib
 import shutil
@@ -10,14 +10,14 @@ import jax
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.config import validate_sizes
+from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore, versions
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
-from vmapbn_flax.runs.train import held
+from vmapbn_flax.runs.train import described, held
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
@@ -26,15 +26,15 @@ from vmapbn_flax.sweeps.progress import SweepProgress
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
 
-_SAVES_AT_ONCE = 8  # of members' own checkpoints, each of which takes threads and open files
+_SAVES_AT_ONCE = 8  # checkpoints of members; each takes threads and open files
 
 
 def train_sweep(config: ConfigDict, path: Path) -> Ledger:
-    """Trains, or resumes, the sweep in the workdir `path`, reports on it, and returns its ledger.
+    """Trains, or resumes, the sweep in the workdir `path`, prints its report, and returns its ledger.
 
     Args:
-      config: what `vmapbn_flax.default_config()` makes, with values in `config.sweep`.
-      path: made if need be; each member has a workdir of its own in it.
+      config: made from `vmapbn_flax.default_config()`, with values in `config.sweep`.
+      path: of the workdir; made if it does not exist. Each member has a workdir of its own in it.
 
     Raises:
       UsageError: the config or the data cannot be used.
@@ -45,10 +45,9 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
     mesh.divide_cpu(config.mesh, sweep=True)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
-        named = {name: member.config.to_dict() for name, member in members.items()}
-        processes.require_same(config=named, versions=versions())
+        processes.require_same(described(without_distributed(config)))
         for member in members.values():
-            validate_sizes(member.config, len(datasets.of(member.config).train))
+            validate_sizes(member.config, len(datasets.load(member.config).train))
         with held(workdir, processes):
             ledger = Ledger(workdir)
             with processes.together() as agreement:
@@ -59,16 +58,15 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
             with signals.deferred() as received:
                 _Sweep(config, workdir, ledger, members, datasets, processes, received).train()
             if processes.first:
-                from vmapbn_flax.sweeps.report import (
-                    report,  # matplotlib, which has been imported if anything was trained
-                )
+                # Not before: it imports matplotlib, which training imports while the devices work.
+                from vmapbn_flax.sweeps.report import report
 
                 report(workdir)
         return ledger
 
 
 class _Sweep:
-    """A sweep that is being trained, group after group."""
+    """A sweep in training."""
 
     def __init__(
         self,
@@ -86,9 +84,9 @@ class _Sweep:
         self._compiled_for: tuple[int, str] | None = None
 
     def train(self) -> None:
-        """Trains every group that has a member which is not over."""
-        # What can strike one group and not another: a full disk, a damaged checkpoint, out of memory. Of many processes
-        # those that are not told of it would wait.
+        """Trains every group with members that are not over."""
+        # Failures that can strike one group and spare the next: a full disk, a damaged checkpoint, out of memory. With
+        # many processes only an error that all of them raise, or the others would wait.
         alone = self._processes.count == 1
         failures = (RunError, MemoryError, jax.errors.JaxRuntimeError) if alone else SharedError
         step = 0
@@ -112,7 +110,7 @@ class _Sweep:
                     if self._options.on_failure == "stop":
                         return
                     continue
-                if self._processes.first:  # its members have checkpoints of their own by now
+                if self._processes.first:  # by now each member has a checkpoint of its own
                     shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
     def _train_group(self, number: int, names: Sequence[str], progress: SweepProgress) -> int:
@@ -138,23 +136,23 @@ class _Sweep:
         return loop.step
 
     def _programs_of(self, configs: Sequence[ConfigDict]) -> Programs:
-        """The programs of these members: the last ones, if they were compiled for as many of the same kind."""
+        """The programs for members with these configs; compiled ones if the last group had the same size and kind."""
         key = (len(configs), program_key(configs[0]))
         if self._programs is not None and key == self._compiled_for:
             self._programs = self._programs.with_members(configs)
         else:
-            self._programs = None  # what it has on the devices goes before the next one's comes
-            dataset = self._datasets.of(configs[0])
+            self._programs = None  # frees the devices before the next programs fill them
+            dataset = self._datasets.load(configs[0])
             if self._processes.count > 1:
-                self._processes.require_same(data=dataset.fingerprint())
+                self._processes.require_same({"data": dataset.fingerprint()})
             self._programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, len(configs)))
             self._compiled_for = key
         return self._programs
 
     def _mark_diverged(self, loop: Loop, diverged: Sequence[tuple[Record, int]]) -> None:
-        """Notes that members, which their steps have frozen, are over; the others train on."""
-        loop.save()  # first: a member that the ledger has as over is in a checkpoint
-        loop.saved_steps()  # which is whole by now
+        """Marks members that diverged, and are frozen by their steps; the others train on."""
+        loop.save()  # before the ledger: a member that is over there must be in a checkpoint
+        loop.saved_steps()  # waits until the checkpoint is whole
         with self._processes.together():
             for record, step in diverged:
                 most = record.config.train.max_skipped_steps
@@ -174,14 +172,14 @@ class _Sweep:
             self._ledger.mark([record.name for record in loop.active], "done", step)
 
     def _save_members(self, records: Sequence[Record], checkpoints: Path, step: int, programs: Programs) -> None:
-        """Saves a checkpoint of each member, from which it can be continued alone, out of that of the group.
+        """Saves a checkpoint of each member, taken from the group's, so that the member can be continued alone.
 
-        In process 0 alone: orbax saves arrays of the host in no other.
+        Process 0 does this alone: orbax saves numpy arrays in no other process.
         """
         state, meta = restore(checkpoints, step, programs.template())
         runs = list(zip(records, programs.split(state), meta["runs"], strict=True))
         for first in range(0, len(runs), _SAVES_AT_ONCE):
-            with contextlib.ExitStack() as stack:  # at whose end all of them are saved
+            with contextlib.ExitStack() as stack:  # its end waits for the saves
                 for record, own, described in runs[first : first + _SAVES_AT_ONCE]:
                     saved = Checkpoints(record.workdir.checkpoints, alone=True)
                     stack.callback(saved.close)

@@ -1,4 +1,4 @@
-"""What the device runs: state, loss and steps, their data on a mesh, and their compiled programs.
+"""What the devices run: state, loss and steps, their data on a mesh, and their compiled programs.
 
-It may use `data`, `nn`, and the root's `config` and `errors`, and nothing above.
+This room uses `data`, `nn`, and the modules `config` and `errors` beside the packages.
 """

@@ -1,10 +1,10 @@
-"""Programs compiled once, ahead of the first call where there is time, and how long that and their calls take."""
+"""Compiling each program once, ahead of its first call where there is time, and timing compilation and calls."""
 
 import copy
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,8 +16,8 @@ from jax.stages import Compiled, Lowered
 # Compiles the initialisation in a fifth of the time.
 _UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
-# Fewer copies of the optimizer's moments in the loop, whole vectors where there is AVX-512, and the compiler's own code
-# for reductions and products instead of a library's; docs/speed.md has what that is worth.
+# In this order: fewer copies of the optimizer's moments in the loop; whole vectors where there is AVX-512; code of the
+# compiler's own for reductions and products, in place of a library's. docs/speed.md has the gains.
 _CPU_OPTIONS = {
     "xla_cpu_copy_insertion_use_region_analysis": True,
     "xla_cpu_prefer_vector_width": 512,
@@ -30,12 +30,12 @@ class Program:
     """A function to compile, and how.
 
     Attributes:
-      name: of the compiled program; those of one name are compiled once.
-      donate: the positions of the arguments that a call uses up.
-      sharding: how the results lie on the devices; None is the default device.
-      optimise: False saves compiling time where the program hardly runs.
-      trace_in_thread: whether `Compiler.start` leaves the tracing to a thread, too. Tracing holds the interpreter:
-        while something waits for a program, two at a time only delay it.
+      name: of the compiled program; programs of one name are compiled once.
+      donate: the positions of the arguments whose buffers a call uses up.
+      sharding: of the results on the devices; None is the default device.
+      optimise: False saves compilation time, for a program that hardly runs.
+      trace_in_thread: whether `Compiler.start` also traces in a thread. Tracing holds the interpreter's lock, so that a
+        thread would only delay a program that something waits for.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Compiler:
     """Compiles programs when they are first called, or ahead of that.
 
     Attributes:
-      compile_seconds: how long was waited for compilation in all.
-      device_seconds: how long each program ran, by name.
+      compile_seconds: the time spent waiting for compilation.
+      device_seconds: the time spent in calls of each program, by name.
     """
 
     def __init__(self):
@@ -64,7 +64,7 @@ class Compiler:
         self.device_seconds: dict[str, float] = defaultdict(float)
 
     def with_clocks_at_zero(self) -> "Compiler":
-        """One with the same programs."""
+        """A compiler with the same programs."""
         other = copy.copy(self)
         other._reset()
         return other
@@ -76,7 +76,7 @@ class Compiler:
         return self._programs[name].result()
 
     def call(self, program: Program, *arguments: Any) -> Any:
-        """The result of `program`, which is on the devices when this returns."""
+        """The result of `program`, on the devices; returns when it is computed."""
         compiled = self._programs.get(program.name)
         if compiled is None or not compiled.done():
             started = time.monotonic()
@@ -84,14 +84,15 @@ class Compiler:
             compiled.exception()  # waits
             self.compile_seconds += time.monotonic() - started
         started = time.monotonic()
-        # Several programs under way at once can wait for one another's collectives for ever; a lack of memory that a
-        # second program is the first to meet hangs; and a window of streamed data is let go once it was trained on.
+        # Blocks, for three reasons. (1) Programs that run at once can wait for one another's collectives for ever.
+        # (2) Out of memory hangs where the second of two programs runs out. (3) A window of streamed data must be freed
+        # when its steps are done, not when they are queued.
         result = jax.block_until_ready(compiled.result()(*arguments))
         self.device_seconds[program.name] += time.monotonic() - started
         return result
 
     def start(self, program: Program, arguments: Sequence[Any]) -> Future:
-        """Has a thread compile `program` for arguments of these shapes and shardings."""
+        """Compiles `program` in a thread, for arguments of these shapes and shardings."""
         function = jax.jit(program.function, donate_argnums=program.donate, out_shardings=program.sharding)
         lower = partial(function.lower, *arguments)
         lowered = None if program.trace_in_thread else lower()
@@ -100,7 +101,7 @@ class Compiler:
         return self._programs[program.name]
 
 
-def _compile(lowered: Lowered, cpu_options: Mapping[str, Any]) -> Compiled:
+def _compile(lowered: Lowered, cpu_options: dict[str, Any]) -> Compiled:
     if jax.default_backend() != "cpu":
         return lowered.compile()
     try:
@@ -108,4 +109,4 @@ def _compile(lowered: Lowered, cpu_options: Mapping[str, Any]) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "compile option" not in str(error):
             raise
-        return lowered.compile()  # a compiler that no longer has one of them
+        return lowered.compile()  # this compiler lacks one of the options

@@ -6,18 +6,18 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax.config import FIELDS, flat
 
-# The traced fields of a config by their names, such as `hyper["optimizer.learning_rate"]`: scalars, a stack of them
-# around a vmap, and whatever else JAX rebuilds a pytree with.
+# The traced fields of a config by dotted name, such as `hyper["optimizer.learning_rate"]`. The values are scalars, or
+# around a vmap arrays with one entry a member. JAX may rebuild the dict with other leaves.
 Hyperparameters = dict[str, Any]
 
 
 def steps_in(epochs: float, steps_per_epoch: int) -> int:
-    """Epochs, which may be fractions, as a whole number of steps."""
+    """A number of epochs, which may be a fraction, as a whole number of steps."""
     return round(epochs * steps_per_epoch)
 
 
 def make_hyperparameters(config: ConfigDict, steps_per_epoch: int) -> Hyperparameters:
-    """The traced fields of `config`; `optimizer.warmup_epochs` arrives as `optimizer.warmup_steps`, and so on."""
+    """The traced fields of `config`. Epochs become steps, as in `optimizer.warmup_steps`."""
     values, hyper = flat(config), {}
     for name, field in FIELDS.items():
         if field.traced is None:

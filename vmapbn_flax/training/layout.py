@@ -1,4 +1,4 @@
-"""How batches, and the data set that they are taken from, lie over the axis `data` of a mesh."""
+"""How a data set and its batches lie on the devices along the axis `data` of a mesh."""
 
 import abc
 import math
@@ -21,7 +21,7 @@ def make_layout(devices: Mesh | None, dataset: Dataset, replicate_limit: int) ->
     """The layout of `dataset` on a mesh, or on the default device.
 
     Args:
-      replicate_limit: the bytes of `dataset` up to which each device holds all of it.
+      replicate_limit: the size in bytes up to which each device holds the whole data set.
     """
     if devices is None or devices.shape[DATA] == 1:
         return OneDevice(devices)
@@ -33,11 +33,11 @@ def make_layout(devices: Mesh | None, dataset: Dataset, replicate_limit: int) ->
 
 
 class Layout(abc.ABC):
-    """A batch is split by examples over the devices; where the data set lies, each layout says.
+    """Splits batches by examples over the devices; each subclass places the data set in a way of its own.
 
     Attributes:
-      count: how many devices a batch is split over.
-      held: what each device has of the data set, in words.
+      count: the number of devices that a batch is split over.
+      held: the part of the data set that each device holds, in words.
     """
 
     held = "the data set"
@@ -47,39 +47,39 @@ class Layout(abc.ABC):
         self._devices = devices
 
     def put(self, split: Split) -> Arrays:
-        """The images and labels of examples, which every process has all of, on the devices."""
+        """Puts the images and labels of `split` on the devices; every process has the whole split."""
         return put((_flat(split), split.labels), self._sharding())
 
     def put_batches(
         self, batches: Int[np.ndarray, "batches batch"], group: int, read: Callable[[np.ndarray], Split]
     ) -> Arrays:
-        """The images and labels of streamed batches, on the devices.
+        """Puts the images and labels of streamed batches on the devices.
 
         Args:
-          batches: the numbers of their examples; -1 is a blank one.
+          batches: the numbers of the examples; -1 is a blank example.
           group: as in `padded`.
-          read: gives the examples of these numbers, `(rows,)`.
+          read: returns the examples with the given numbers, `(rows,)`.
         """
         return self.put(read(batches.reshape(-1)))
 
     @abc.abstractmethod
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
-        """Of what was put on the devices, the examples `rows`, padded, which are those of batch `number`."""
+        """The examples `rows`, padded, of the arrays that `put` returned. They are those of batch `number`."""
 
     def whole_images(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
-        """The images that `put` put on the devices, without what it added to them."""
+        """The images that `put` returned, without its padding."""
         return images
 
     def padded(self, size: int, group: int = 1) -> int:
-        """The least number of rows, in groups of `group`, that divides and has room for `size`."""
+        """`size` rounded up until its groups of `group` rows divide over the devices."""
         return -(-size // group // self.count) * self.count * group
 
     def pad(self, rows: Int[Array, " batch"], group: int = 1) -> Int[Array, " padded"]:
-        """`rows` with further groups of `group`, if it takes any to divide."""
+        """`rows`, padded until its groups of `group` rows divide over the devices."""
         return jnp.pad(rows, (0, self.padded(len(rows), group) - len(rows)))
 
     def mask(self, size: int, group: int = 1) -> Bool[Array, " padded"] | None:
-        """The `size` rows of a padded batch that are not padding; None if there is no padding."""
+        """Which rows of a padded batch of `size` examples are not padding; None if there is no padding."""
         padded = self.padded(size, group)
         return None if padded == size else self._constrain(jnp.arange(padded) < size, DATA)
 
@@ -91,7 +91,7 @@ class Layout(abc.ABC):
 
 
 class OneDevice(Layout):
-    """A batch lies on one device, as the data set does on each of those that members are laid over."""
+    """A batch lies on one device, and so does the data set: on every device that has members."""
 
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
         return _rows(images, rows), _rows(labels, rows)
@@ -102,14 +102,13 @@ class Whole(Layout):
 
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
         rows = self._constrain(self._constrain(rows), DATA)  # first whole, or the compiler divides and gathers them
-        return tuple(self._constrain(_rows(array, rows), DATA) for array in (images, labels))
+        return self._constrain(_rows(images, rows), DATA), self._constrain(_rows(labels, rows), DATA)
 
 
 class Columns(Layout):
     """Each device holds a share of the features of every image, and all labels.
 
-    A device takes its part of the examples of a batch without asking another, and one all-to-all makes whole images
-    of the parts, which moves as many bytes as the batch has.
+    Indexing stays local. One all-to-all reassembles the images of a batch, and moves as many bytes as the batch has.
     """
 
     held = "a share of the data set"
@@ -123,17 +122,17 @@ class Columns(Layout):
         return put(images, self._sharding(None, DATA)), put(split.labels, self._sharding())
 
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
-        rows = self._constrain(rows)  # or the compiler divides them, and gathers them again
+        rows = self._constrain(rows)  # or the compiler divides them and gathers them again
         parts = self._constrain(_rows(images, rows), None, DATA)
-        taken = self.whole_images(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
-        return tuple(self._constrain(array, DATA) for array in taken)
+        images, labels = self.whole_images(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
+        return self._constrain(images, DATA), self._constrain(labels, DATA)
 
     def whole_images(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
         return images[:, : self._num_features]
 
 
 class InBatches(Layout):
-    """What is streamed is in order when it is read: a process reads, and a device holds, its share of each batch."""
+    """Streamed batches are in order when they are read: a process reads, and a device holds, its share of each."""
 
     held = "a share of the data set"
 
@@ -142,21 +141,24 @@ class InBatches(Layout):
     ) -> Arrays:
         share = self.share(batches, group)
         split = read(share.reshape(-1))
-        sharding = self._sharding(None, DATA)
-        return tuple(
-            jax.make_array_from_process_local_data(sharding, array.reshape(*share.shape, *array.shape[1:]))
-            for array in (_flat(split), split.labels)
-        )
+
+        def put_share(array: np.ndarray) -> Array:
+            in_batches = array.reshape(*share.shape, *array.shape[1:])
+            return jax.make_array_from_process_local_data(self._sharding(None, DATA), in_batches)
+
+        return put_share(_flat(split)), put_share(split.labels)
 
     def share(self, batches: Int[np.ndarray, "batches batch"], group: int = 1) -> Int[np.ndarray, "batches share"]:
-        """Which rows of the batches the devices of this process get, and -1 for padding."""
+        """The numbers in `batches` whose examples go to the devices of this process; -1 is padding."""
         padding = self.padded(batches.shape[1], group) - batches.shape[1]
         padded = np.pad(batches, ((0, 0), (0, padding)), constant_values=-1)
         return np.split(padded, jax.process_count(), axis=1)[jax.process_index()]
 
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
-        taken = (lax.dynamic_index_in_dim(array, number, keepdims=False) for array in (images, labels))
-        return tuple(self._constrain(array, DATA) for array in taken)
+        def take_one(array: Array) -> Array:
+            return self._constrain(lax.dynamic_index_in_dim(array, number, keepdims=False), DATA)
+
+        return take_one(images), take_one(labels)
 
 
 def _flat(split: Split) -> UInt8[np.ndarray, "examples features"]:
@@ -164,7 +166,7 @@ def _flat(split: Split) -> UInt8[np.ndarray, "examples features"]:
 
 
 def _rows(x: Array, rows: Int[Array, " batch"]) -> Array:
-    return x.at[rows].get(mode="promise_in_bounds")  # without the checks of each element that `x[rows]` makes
+    return x.at[rows].get(mode="promise_in_bounds")  # without the bounds checks of `x[rows]`
 
 
 ONE_DEVICE = OneDevice(None)

@@ -1,8 +1,8 @@
-"""One run, or the members of a group: how functions are mapped over them, and their arrays stacked and split.
+"""One run, or the members of a group: mapping functions over them, stacking and splitting their arrays.
 
-`OneRun` and `Stacked` have the same methods. The arrays of one run have no axis of members; those of a group have one,
-the leading one, which lies over the axis `member` of the mesh, padded to a multiple of it with copies of the last
-member. The form in which a state is saved, and `place` takes it, is the same but unpadded.
+`OneRun` and `Stacked` have the same methods. The arrays of one run have no axis of members; those of a group have it in
+front. On the devices, the axis of members lies over the axis `member` of the mesh. Copies of the last member pad it to
+a multiple of the devices. A saved state has the same form without padding.
 """
 
 import math
@@ -19,16 +19,17 @@ from ml_collections import ConfigDict
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.training.hyperparameters import Hyperparameters, make_hyperparameters
 from vmapbn_flax.training.mesh import DATA, MEMBER
-from vmapbn_flax.training.state import create_state, make_network
+from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.state import create_state
 
 
 def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":
-    """Of a mesh, or of the default device."""
+    """The members on a mesh, or on the default device."""
     return OneRun() if count == 1 else Stacked(count, devices)
 
 
 class OneRun:
-    """A run by itself: functions and arrays stay what they are."""
+    """A single run: functions and arrays stay as they are."""
 
     count = 1
     spec = PartitionSpec()
@@ -62,8 +63,8 @@ class Stacked:
     """The members of a group.
 
     Attributes:
-      count: how many there are.
-      spec: how an array with an axis of members lies on the mesh.
+      count: the number of members.
+      spec: the partition of arrays with an axis of members.
     """
 
     spec = PartitionSpec(MEMBER)
@@ -71,12 +72,12 @@ class Stacked:
     def __init__(self, count: int, devices: Mesh | None):
         self.count, self._devices = count, devices
         places = 1 if devices is None else devices.shape[MEMBER]
-        self._rows_each = math.ceil(count / places)  # of each place along the axis `member`
+        self._rows_each = math.ceil(count / places)  # on each device along the axis `member`
         self._rows = np.minimum(np.arange(places * self._rows_each), count - 1)
 
     def map(self, function: Callable, own: Sequence[int]) -> Callable:
-        """`function` of all members, which share the arguments whose positions are not in `own`."""
-        # The caches of a CPU hold what one member works on, and not what many do.
+        """Maps `function` over the members. Only the arguments at the positions `own` have an axis of members."""
+        # A CPU's caches hold the arrays of one member, not those of many.
         if jax.default_backend() == "cpu" and (self._devices is None or self._devices.shape[DATA] == 1):
             return _one_by_one(function, own, self._devices)
 
@@ -87,59 +88,59 @@ class Stacked:
         return mapped
 
     def map_at_once(self, function: Callable) -> Callable:
-        """`function` of all members, each of whose arguments is their own."""
+        """Maps `function` over the members, which share no argument."""
         return jax.vmap(function, spmd_axis_name=MEMBER)
 
     def stack(self, trees: Sequence[PyTree]) -> PyTree:
-        """One tree on the host for each member, as one, unpadded."""
+        """Stacks one tree a member, on the host, without padding."""
         return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
     def pad(self, tree: PyTree) -> PyTree:
-        """A tree on the host with as many rows as lie on the devices."""
+        """Adds the padding of the devices to a tree on the host."""
         return jax.tree.map(lambda leaf: np.asarray(leaf)[self._rows], tree)
 
     def unpad(self, tree: PyTree) -> PyTree:
-        """A tree on the host with as many rows as there are members."""
+        """Removes the padding from a tree on the host."""
         return jax.tree.map(lambda leaf: leaf[: self.count], tree)
 
     def template(self, tree: PyTree) -> PyTree:
-        """The shapes and types of all members together, of those of one."""
+        """The shapes and types of the stacked tree, from those of one member's tree."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.count, *leaf.shape), leaf.dtype), tree)
 
     def split(self, tree: PyTree) -> list[PyTree]:
-        """What each member has in a tree on the host."""
+        """The tree of each member, from a stacked tree on the host."""
         return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self.count)]  # noqa: B023
 
     def held(self, tree: PyTree) -> dict[int, PyTree]:
-        """What the members whose first device is this process's have in a tree on the devices, by their numbers."""
+        """The trees of the members whose first device belongs to this process, by number, from the devices."""
         mine = [number for number in range(self.count) if self._process(number) == jax.process_index()]
         leaves, structure = jax.tree.flatten(tree)
-        of_members = zip(*(_addressable_rows(leaf, mine) for leaf in leaves), strict=True)
-        return {number: structure.unflatten(rows) for number, rows in zip(mine, of_members, strict=True)}
+        rows_of_members = zip(*(_addressable_rows(leaf, mine) for leaf in leaves), strict=True)
+        return {number: jax.tree.unflatten(structure, rows) for number, rows in zip(mine, rows_of_members, strict=True)}
 
     def _process(self, number: int) -> int:
-        """The lowest index of the processes whose devices have this member."""
+        """The lowest index of a process that has this member on its devices."""
         if self._devices is None:
             return jax.process_index()
         return min(device.process_index for device in self._devices.devices[number // self._rows_each])
 
 
 def _addressable_rows(leaf: jax.Array, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Copies of the rows of these `numbers`, which lie on devices of this process."""
+    """Copies of the rows `numbers`, which lie on devices of this process."""
     blocks = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}  # one of equal shards
     rows = {first + i: row for first, block in blocks.items() for i, row in enumerate(np.asarray(block))}
     return [np.array(rows[number]) for number in numbers]
 
 
 def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:
-    """`function` of one member after the other on each of the devices they lie over."""
+    """Maps `function` over the members, on each device one member after the other."""
 
     def mapped(*arguments: PyTree) -> PyTree:
-        def of_member(own_arguments: Sequence[PyTree]) -> PyTree:
-            of_all = dict(enumerate(arguments)) | dict(zip(own, own_arguments, strict=True))
-            return function(*of_all.values())
+        def one_member(own_arguments: Sequence[PyTree]) -> PyTree:
+            by_position = dict(enumerate(arguments)) | dict(zip(own, own_arguments, strict=True))
+            return function(*by_position.values())
 
-        return lax.map(of_member, [arguments[i] for i in own])
+        return lax.map(one_member, [arguments[i] for i in own])
 
     if devices is None:
         return mapped
@@ -153,18 +154,18 @@ def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) ->
 
 
 def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
-    """An estimate of the memory that a member takes beside the data, which all of them share."""
+    """An estimate of the bytes that a member takes, without the data set, which all members share."""
     example = (1, math.prod(dataset.train.image_shape))
 
     def state_and_outputs(hyper: Hyperparameters) -> PyTree:
-        """The state, and what each layer makes of one example."""
+        """The state, and the outputs of each layer for one example."""
         state = create_state(config.model, config.optimizer, dataset.num_classes, example[1], hyper)
         network = make_network(config.model, dataset.num_classes, hyper)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return state, network.apply(variables, jnp.zeros(example), train=False, capture_intermediates=True)
 
     state, outputs = jax.eval_shape(state_and_outputs, make_hyperparameters(config, 1))
-    # Of the outputs also their activations, and the cotangents of them.
+    # Each output comes with its activation and its cotangent.
     activations = 4 * example[1] + 3 * _nbytes(outputs)
     examples = max(config.train.batch_size, config.train.eval_batch_size)
     return 2 * _nbytes(state) + examples * activations + 4 * len(dataset.train)

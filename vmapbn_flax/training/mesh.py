@@ -1,4 +1,4 @@
-"""Devices: how many a CPU is divided into, and the mesh that members and batches lie over."""
+"""Devices: dividing a CPU into several, and the mesh that members and batches lie on."""
 
 import contextlib
 import functools
@@ -15,39 +15,39 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import UsageError
 
-MEMBER = "member"  # the axis of a mesh that a sweep's members are laid over
-DATA = "data"  # the axis that a batch is split over
+MEMBER = "member"  # the mesh axis of a sweep's members
+DATA = "data"  # the mesh axis that a batch is split over
 
 
 def divide_cpu(mesh: ConfigDict, *, sweep: bool, processes: int = 1) -> None:
-    """Asks for as many CPU devices as `config.mesh` says, if nothing has touched a device yet.
+    """Sets the number of CPU devices as `config.mesh` says, unless JAX has made its devices already.
 
-    What the environment says about them beats the config.
+    A number in the environment beats the config.
     """
     environment = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     automatic = len(os.sched_getaffinity(0)) if sweep else -(-mesh.data // processes)
     if not environment:
-        with contextlib.suppress(RuntimeError):  # too late, in a process that has its devices
+        with contextlib.suppress(RuntimeError):  # too late: JAX has made its devices
             jax.config.update("jax_num_cpu_devices", mesh.cpu_devices or max(1, automatic))
 
 
 def solo_mesh(mesh: ConfigDict) -> Mesh:
-    """The devices of all processes that the batches of a run are split over, as `config.mesh` says.
+    """The mesh, as `config.mesh` says, of the devices that the batches of a run are split over, in all processes.
 
     Raises:
-      UsageError: `config.mesh.data` is not a number of devices that there are, as many in each process.
+      UsageError: there are fewer devices than `config.mesh.data`, or not equally many in each process.
     """
     automatic = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
     return _mesh(1, mesh.data or automatic)
 
 
 def member_mesh(mesh: ConfigDict, members: int) -> Mesh:
-    """The devices of all processes that `members` of a sweep lie on, no more than it takes, as `config.mesh` says.
+    """The mesh, as `config.mesh` says, of the devices that so many members of a sweep lie on, in all processes.
 
-    Each process takes part with as many, so that there may be some more than members.
+    There are no more devices than the members need, but equally many in each process: a few may hold padding alone.
 
     Raises:
-      UsageError: `config.mesh.data` is more than there are devices.
+      UsageError: there are fewer devices than `config.mesh.data`.
     """
     data = mesh.data or 1
     most = max(1, jax.device_count() // data)
@@ -69,17 +69,17 @@ def _mesh(member: int, data: int) -> Mesh:
 
 
 def memory_bytes(devices: Mesh) -> int:
-    """What the devices along the axis of members have together, if other processes have as much as this one."""
+    """The memory of all devices along the member axis, if other processes have as much as this one."""
     stats = [device.memory_stats() for device in devices.local_devices]
     if all(stat and "bytes_limit" in stat for stat in stats):
         total = sum(stat["bytes_limit"] for stat in stats) * jax.process_count()
-    else:  # of a machine, which the processes may share
+    else:  # of this machine, which the processes may share
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total // devices.shape[DATA]
 
 
 def put(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
-    """Arrays of the host, the same in every process, as `sharding` lays them out; None is the default device."""
+    """Puts host arrays, the same in every process, on the devices as `sharding` says; None is the default device."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
@@ -91,17 +91,17 @@ def put(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Copies of arrays on the devices, on the host of every process.
+    """Copies arrays from the devices to the host of every process.
 
-    Where each process has only a part of them, all processes make the same call, and each array in turn lies whole on
-    every device for a moment.
+    Where a process has only a part of an array, all processes must make the same call. Each such array in turn lies
+    whole on every device for a moment.
     """
-    # Copies: on a CPU what comes back is a view of a buffer that the next step may write to.
+    # Copies: on a CPU, device_get returns a view of a buffer that the next step may overwrite.
     return jax.tree.map(lambda leaf: np.array(jax.device_get(_replicated(leaf))), tree)
 
 
 def _replicated(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+    if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
         return leaf
     return _replicate(leaf.sharding.mesh)(leaf)
 
@@ -112,5 +112,5 @@ def _replicate(devices: Mesh) -> Callable[[Array], Array]:
 
 
 def device_name(devices: Sequence[jax.Device]) -> str:
-    """The devices, as `cpu` or `2 x NVIDIA H100`."""
+    """The devices in words, such as `cpu` or `2 x NVIDIA H100`."""
     return devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"

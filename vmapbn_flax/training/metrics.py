@@ -1,4 +1,4 @@
-"""What a run measures: `clu.metrics` collections."""
+"""The metrics of training and evaluation: `clu.metrics` collections."""
 
 import flax
 import jax
@@ -10,7 +10,7 @@ from clu import metrics
 class TrainMetrics(metrics.Collection):
     """Means over training examples."""
 
-    loss: metrics.Average.from_output("loss")
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
     accuracy: metrics.Accuracy
 
 
@@ -18,11 +18,11 @@ class TrainMetrics(metrics.Collection):
 class EvalMetrics(metrics.Collection):
     """Means over a data set, every example counted once."""
 
-    loss: metrics.Average.from_output("loss")
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
     accuracy: metrics.Accuracy
 
 
 def compute(collection: metrics.Collection) -> dict[str, float]:
-    """The collection's figures as numbers; NaN where nothing was counted."""
+    """The figures of `collection` as numbers; NaN where no example was counted."""
     with np.errstate(invalid="ignore"):
         return {name: float(value) for name, value in jax.device_get(collection).compute().items()}

@@ -1,4 +1,4 @@
-"""The compiled programs of a run, or of a group of runs, with the data they work on, on the devices."""
+"""The compiled programs of a run or of a group of runs, and the data set on the devices."""
 
 import contextlib
 import copy
@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,15 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.config import validate_sizes
-from vmapbn_flax.data import Dataset
+from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.compiler import Compiler, Program
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, compute
-from vmapbn_flax.training.state import TrainState, create_state, learning_rate
+from vmapbn_flax.training.optimizer import learning_rate
+from vmapbn_flax.training.state import TrainState, create_state
 from vmapbn_flax.training.stream import Stream
 
 _STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
@@ -30,24 +32,24 @@ _VARIABLES = (0, 1, 2)  # and which of evaluation: parameters, statistics, hyper
 
 
 class Programs:
-    """Creates, advances and evaluates the state of a run on `dataset`, or of many, one for each of `configs`.
+    """Creates, advances and evaluates the state of one run on `dataset`, or of several, one for each of `configs`.
 
-    The configs differ in traced fields alone. The arrays of many runs, the members, have a leading axis of them
-    (`members` says more); all train on the same data, in memory. Steps are counted once for all: a member's own count
-    stops where it is frozen.
+    The configs differ only in traced fields. Several runs are members of a group: they train on the same data, in
+    memory, and their arrays have a leading axis of members (see the module `members`). All members take the same steps;
+    the count in a member's own state stops when the member is frozen.
 
-    Each program is compiled when it is first called, or ahead of that when asked to. Members and batches are laid over
-    the mesh `devices`, or lie on the default device without one. Where the mesh is that of many processes, all of them
-    make the same calls, except of what says that it computes in this process alone.
+    A program is compiled when it is first called, or earlier on request. Members and batches lie on the mesh `devices`,
+    or without a mesh on the default device. If the mesh spans many processes, all of them must make the same calls;
+    methods that compute in this process alone say so.
 
     Attributes:
-      count: of the members; 1 for one run.
-      selection: the figure by which checkpoints are ranked.
-      steps_per_epoch, total_steps: of the run.
-      hyper: the traced numbers, on the devices.
-      layout: how the data lies on the devices.
-      devices: those of all processes.
-      compiler: has what compiling and running took.
+      count: the number of members; 1 for one run.
+      selection: the name of the figure that ranks checkpoints.
+      steps_per_epoch, total_steps: of each run.
+      hyper: the hyperparameters, on the devices.
+      layout: of the data set and the batches on the devices.
+      devices: of all processes.
+      compiler: of the programs; it has their times.
 
     Raises:
       UsageError: the configs do not fit the data.
@@ -61,7 +63,7 @@ class Programs:
             devices = None
         self.count = len(configs)
         self._members = make_members(self.count, devices)
-        self._sharding = devices and NamedSharding(devices, self._members.spec)
+        self._sharding = None if devices is None else NamedSharding(devices, self._members.spec)
         self.layout = make_layout(devices, dataset, config.mesh.replicate_limit)
         self.compiler = Compiler()
 
@@ -88,13 +90,13 @@ class Programs:
             )
         else:
             splits = {"train": dataset.train, **self._eval_splits}
-            self._data = {name: self.layout.put(split) for name, split in splits.items()}
+            self._data = {name: self.layout.put(cast(Split, split)) for name, split in splits.items()}
 
     def _set_members(self, configs: Sequence[ConfigDict]) -> None:
         self._seeds = [config.seed for config in configs]
         self._hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
         self.hyper = self.place(self._members.stack(self._hypers))
-        self._epoch_order = (-1, None)
+        self._epoch_order: tuple[int, Any] = (-1, None)
 
     def _make_programs(self, config: ConfigDict, dataset: Dataset) -> None:
         model, train, num_classes = config.model, config.train, dataset.num_classes
@@ -121,14 +123,14 @@ class Programs:
         self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
 
     def with_members(self, configs: Sequence[ConfigDict]) -> "Programs":
-        """The same programs, compiled already, for as many other members."""
+        """The same programs, already compiled, for as many other members."""
         other = copy.copy(self)
         other.compiler = self.compiler.with_clocks_at_zero()
         other._set_members(configs)
         return other
 
     def where(self) -> str:
-        """The devices in words, and what lies on them."""
+        """The devices in words, and the layout on them."""
         name = mesh.device_name(self.devices)
         if self.layout.count == 1:
             return name
@@ -137,7 +139,7 @@ class Programs:
     # States.
 
     def template(self) -> TrainState:
-        """The shapes and types of the state as it is saved: of many members with a leading axis of them, unpadded."""
+        """The shapes and types of a saved state: for several members with a leading axis, without padding."""
         return self._members.template(jax.eval_shape(self._create_one, self._hypers[0]))
 
     def create(self) -> TrainState:
@@ -145,34 +147,34 @@ class Programs:
         return self.compiler.call(self._create, self.hyper)
 
     def place(self, arrays: PyTree) -> PyTree:
-        """Arrays of the host, in the form of `template`, on the devices; rows beyond `count` are ignored."""
+        """Puts host arrays in the form of `template` on the devices; rows beyond `count` are ignored."""
         return mesh.put(self._members.pad(arrays), self._sharding)
 
     def snapshot(self, state: TrainState) -> TrainState:
-        """What a checkpoint of `state` saves, which training on does not change.
+        """A copy of `state` for a checkpoint, which further training does not change.
 
-        Copies on the host, in the form of `template`; where other processes have a part of the state, copies on the
-        devices, padding included.
+        It consists of numpy arrays in the form of `template`. If other processes hold a part of the state, it stays on
+        the devices, padding included.
         """
         if self._sharding is None or self._sharding.is_fully_addressable:
             return self._members.unpad(mesh.fetch(state))
         return self.compiler.call(self._copy, state)
 
     def held(self, state: TrainState) -> dict[int, TrainState]:
-        """Copies on the host of the members, by their numbers, whose first device is this process's.
+        """Copies on the host of the members whose first device belongs to this process, by number.
 
-        Of one run in process 0. Nothing is sent; only what lies on devices of this process is read.
+        A single run is held by process 0. Only devices of this process are read, and nothing is sent.
         """
         return self._members.held(state)
 
     def split(self, tree: PyTree) -> list[PyTree]:
-        """What each member has in a part of a state on the devices, a small one, on the host of every process."""
+        """The tree of each member, on the host of every process, from a small part of a state on the devices."""
         return self._members.split(mesh.fetch(tree))
 
     # Training.
 
     def compile_ahead(self, step: int) -> None:
-        """Starts to compile what trains from `step` on, beside whatever else comes first."""
+        """Starts to compile the training program in the background, for training from `step` on."""
         if "train" in self.compiler or step >= self.total_steps:
             return
         self.compiler.start(self._train, (self._placed_template(), self.hyper, *self._position(step), np.int32(1)))
@@ -184,7 +186,7 @@ class Programs:
         )
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
-        """`count` steps from `step`, the step of `state`, on, within one epoch; `state` is used up."""
+        """Takes `count` steps within one epoch, from `step`, the step of `state`; `state` is used up."""
         end = step + count
         while step < end:
             if self._stream:
@@ -196,13 +198,13 @@ class Programs:
         return state
 
     def gradients(self, state: TrainState, step: int) -> tuple[Array, PyTree]:
-        """The logits of the batch that `step` trains on, `(batch, classes)`, and the loss's gradients."""
+        """The logits, `(batch, classes)`, and the gradients of the loss, for the batch that `step` trains on."""
         return self.compiler.call(self._gradients, state, self.hyper, *self._position(step))
 
     def _position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
-        """The training set, its order in the epoch that `step` is in, and the number of the batch there.
+        """The training set, its order in the epoch of `step`, and the number of the batch of `step` in that order.
 
-        Of a streamed one a window.
+        For a streamed data set, a window of it takes the place of the training set.
         """
         if self._stream:
             return self._stream.position(step)
@@ -215,18 +217,18 @@ class Programs:
         return self._members.stack([steps.epoch_permutation(seed, epoch, self._num_train) for seed in self._seeds])
 
     def learning_rates(self, step: int) -> list[float]:
-        """Of each member's update that leads from `step` to `step + 1`, computed in this process alone."""
+        """The learning rate of each member's update from `step` to `step + 1`, computed in this process alone."""
         return [float(self.compiler.call(self._learning_rate, hyper, np.int32(step))) for hyper in self._hypers]
 
     def fresh_metrics(self, state: TrainState) -> TrainState:
-        """`state` with nothing in its metrics; `state` is used up."""
+        """`state` with empty metrics; `state` is used up."""
         empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.metrics)
         return state.replace(metrics=mesh.put(empty, self._sharding))
 
     # Evaluation.
 
     def compile_measure_ahead(self) -> None:
-        """Starts to compile what `measure` calls, beside the device at work; not of streamed data."""
+        """Starts to compile the programs of `measure` in the background; does nothing for streamed data."""
         if self._stream:
             return
         state = self._placed_template()
@@ -235,7 +237,7 @@ class Programs:
                 self.compiler.start(program, (state.params, state.batch_stats, self.hyper, *self._data[name]))
 
     def measure(self, state: TrainState) -> list[dict[str, EvalMetrics]]:
-        """Each member's metrics on the validation split, if there is one, and the test split, on every host."""
+        """Each member's metrics on the validation split, if there is one, and on the test split, on every host."""
         return self.split({name: self._measure(name, state) for name in self._eval_splits})
 
     def _measure(self, name: str, state: TrainState) -> EvalMetrics:
@@ -250,24 +252,24 @@ class Programs:
             return functools.reduce(EvalMetrics.merge, map(measure, batches))  # in the order of the program's own loop
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """`figures` of what `measure` finds for one run."""
+        """The `figures` of a single run."""
         (measured,) = self.measure(state)
         return figures(measured)
 
     def population_statistics(self, state: TrainState) -> PyTree:
-        """The `batch_stats` of all the training examples taken as one batch."""
+        """The `batch_stats` of all training examples as one batch."""
         images, _ = self._data["train"]
         return self.compiler.call(self._population, state.params, state.batch_stats, self.hyper, images)
 
     def close(self) -> None:
-        """Ends what reads streamed data; if it is asked to train again it starts again."""
+        """Ends the thread that reads streamed data; further training starts it again."""
         if self._stream:
             self._stream.close()
 
 
 def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:
     """Loss, accuracy and number of examples of each split."""
-    results = {}
+    results: dict[str, float] = {}
     for name, metrics in measured.items():
         results |= {f"{name}_{key}": value for key, value in compute(metrics).items()}
         results[f"{name}_count"] = int(metrics.loss.count)

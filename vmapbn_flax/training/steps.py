@@ -15,16 +15,13 @@ from ml_collections import ConfigDict
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
 from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics
-from vmapbn_flax.training.state import (
-    TrainState,
-    learning_rate,
-    make_network,
-    make_optimizer,
-)
+from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.optimizer import learning_rate, make_optimizer
+from vmapbn_flax.training.state import TrainState
 
 
 class Batch(NamedTuple):
-    """Examples as they lie in memory; `mask` is for padded batches."""
+    """Examples as they lie in memory; `mask` is False for padding, and None without any."""
 
     images: UInt8[Array, "batch features"]
     labels: Int[Array, " batch"]
@@ -44,7 +41,7 @@ def to_inputs(images: UInt8[Array, "batch features"]) -> Float[Array, "batch fea
 def epoch_permutation(seed: int, epoch: int, size: int) -> Int32[np.ndarray, " size"]:
     """The order of the training examples in `epoch`.
 
-    Drawn on the host: `jax.random.permutation` sorts, and a CPU spends a tenth of its time on that.
+    It is drawn on the host: `jax.random.permutation` sorts, which takes a tenth of the training time on a CPU.
     """
     return np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
 
@@ -52,8 +49,8 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> Int32[np.ndarray, " s
 def make_take_batch(size: int, group: int = 1, layout: Layout = ONE_DEVICE) -> Callable[..., Batch]:
     """`take_batch(images, labels, permutation, number) -> Batch`.
 
-    The `number`-th batch of `size` examples of an epoch in the order of `permutation`, padded in groups of `group` if
-    the devices do not divide it.
+    It takes batch `number` of an epoch in the order of `permutation`: `size` examples, padded in groups of `group` if
+    the batch does not divide over the devices.
     """
 
     def take_batch(
@@ -100,9 +97,9 @@ def make_loss(model: ConfigDict, num_classes: int) -> Callable:
 def make_train_step(model: ConfigDict, optimizer: ConfigDict, max_skipped_steps: int, num_classes: int) -> TrainStep:
     """The step that is mapped over members, sharded over devices and looped over batches.
 
-    Where the loss is not finite, or a gradient is not or has no finite square, parameters, optimizer and statistics
-    stay as they were, and the step is counted as skipped. After `max_skipped_steps` of those in a row nothing moves
-    any more, the step itself included.
+    If the loss, a gradient or the square of a gradient is not finite, parameters, optimizer state and statistics stay
+    as they were, and the step counts as skipped. After `max_skipped_steps` skipped steps in a row nothing changes any
+    more, the step count included.
     """
     loss = make_loss(model, num_classes)
 
@@ -116,7 +113,7 @@ def make_train_step(model: ConfigDict, optimizer: ConfigDict, max_skipped_steps:
         )
 
         frozen = state.skipped_in_a_row >= max_skipped_steps
-        # Squares that overflow would stay in Adam's second moment for ever.
+        # An infinite square would stay in Adam's second moment for ever.
         finite = jnp.isfinite(value) & _all_below(_LARGEST_GRADIENT, grads)
         moved = state.replace(
             params=optax.apply_updates(state.params, updates),
@@ -136,11 +133,11 @@ def make_train_step(model: ConfigDict, optimizer: ConfigDict, max_skipped_steps:
 
 
 def _all_below(bound: np.float32, tree: PyTree) -> Bool[Array, ""]:
-    """Whether the magnitudes of all numbers in `tree` are; that of NaN is not.
+    """Whether the magnitude of every number in `tree` is below `bound`; NaN counts as above.
 
-    The bits of a float32 but the sign are an integer that grows with its magnitude and is largest for NaN. Eighths of
-    an array are compared with one another first: XLA for CPUs works on many numbers at once elementwise, and on one at
-    a time where it reduces to a scalar.
+    The bits of a float32 without the sign are an integer that grows with the magnitude and is largest for NaN. The
+    eighths of an array are compared elementwise first: XLA's CPU code is vectorised for elementwise operations, but not
+    for a reduction to a scalar.
     """
 
     def largest(leaf: Array) -> list[Int32[Array, " part"]]:
@@ -155,9 +152,8 @@ def _all_below(bound: np.float32, tree: PyTree) -> Bool[Array, ""]:
 def make_train_steps(train_step: TrainStep, take_batch: Callable[..., Batch]) -> Callable[..., TrainState]:
     """`train_steps(state, hyper, images, labels, permutation, first, num_steps) -> state`.
 
-    `num_steps` steps of one epoch from its batch `first` on, over the training set on the device. Both
-    are traced, so that one program serves every length, and the result does not depend on how an epoch
-    is cut.
+    It takes `num_steps` steps of one epoch, from batch `first` on, over the training set on the devices. Both numbers
+    are traced: one program serves every length, and the result does not depend on how an epoch is divided into chunks.
     """
 
     def train_steps(
@@ -197,7 +193,7 @@ def make_evaluate(
 ) -> Callable[..., EvalMetrics]:
     """`evaluate(params, batch_stats, hyper, images, labels) -> EvalMetrics`, each example counted once.
 
-    Given a `count`, only as many of the first ones are.
+    Given a `count`, only the first `count` examples are counted.
     """
     size = layout.padded(batch_size)
 
@@ -232,8 +228,8 @@ def make_evaluate(
 def make_population_statistics(model: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
     """`statistics(params, batch_stats, hyper, images) -> batch_stats` of all the images as one batch.
 
-    A training-mode pass with momentum 0 leaves exactly that: each layer's pooled mean and variance, given
-    that the layers before it are normalised by theirs.
+    A pass in training mode with momentum 0 leaves exactly these statistics: each layer's mean and variance over all
+    images, where the layers before it are normalised by theirs.
     """
 
     def statistics(

@@ -1,8 +1,8 @@
-"""Data larger than memory, a window at a time: a thread reads the next one while the device works on the last."""
+"""Data larger than memory, a window at a time: a thread reads the next window while the devices work on the last."""
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,29 +13,29 @@ from vmapbn_flax.data import Dataset, Examples
 from vmapbn_flax.data.arrays import gather
 from vmapbn_flax.training.layout import Arrays, Layout
 
-_WINDOW_BYTES = 4e6  # at the most, unless a batch is larger: about as much as is decoded in a second
+_WINDOW_BYTES = 4e6  # at most, unless a batch is larger: what is decoded in about a second
 
-_NOWHERE = -2  # no window, nor the one before any
+_NOWHERE = -2  # neither a window nor the predecessor of one
 
 Window = TypeVar("Window")
 
 
 class Stream:
-    """The batches of a run on `dataset`, and what it evaluates, in windows that lie on the device.
+    """The training batches of a run on `dataset`, in windows that lie on the devices, and its evaluation batches.
 
-    The examples of an epoch, in the order of its permutation, are cut into windows of equally many whole
-    batches; the end of the last may be blank. Each is a small training set of its own, already in order, so that
-    one program serves them all, batch k stays the same function of the seed and k, and no position is ever saved.
+    The examples of an epoch, in the order of its permutation, are cut into windows of equally many whole batches; the
+    end of the last window may be blank. A window is a small training set, already in order. One program therefore
+    serves all windows, batch k stays the same function of the seed and k, and no position is ever saved.
 
-    Two windows of training examples are alive at a time, and two batches of those that are evaluated.
+    At most two windows and two evaluation batches are in memory at a time.
 
     Args:
-      layout: of the batches over the devices; each process reads its share of them.
-      order: the permutation of the training examples in an epoch.
-      put_order: a permutation to the device.
+      layout: of the batches on the devices; each process reads its share of them.
+      order: returns the permutation of the training examples in an epoch.
+      put_order: puts a permutation on the devices.
       num_steps: of the run.
-      group: the examples of a batch that are not divided over devices.
-      max_bytes: of all windows that are alive at a time; a window has one batch at least.
+      group: the number of examples that stay together on a device.
+      max_bytes: of the windows in memory; a window has at least one batch.
     """
 
     def __init__(
@@ -57,36 +57,39 @@ class Stream:
         self._epoch_steps = len(dataset.train) // batch_size
         window_bytes = min(_WINDOW_BYTES, max_bytes / 2)
         most = max(1, int(window_bytes / dataset.train[:batch_size].nbytes))
-        self._window_steps = -(-self._epoch_steps // -(-self._epoch_steps // most))  # none much shorter than the rest
+        self._window_steps = -(-self._epoch_steps // -(-self._epoch_steps // most))  # of nearly equal length
         self._epoch_windows = -(-self._epoch_steps // self._window_steps)
         self._end = self._locate(num_steps - 1)[0] + 1
-        self._in_order = put_order(np.arange(self._window_steps * batch_size, dtype=np.int32))
-        self._windows: Iterator[Arrays] | None = None
-        self.close()
+        # One more than a window has: for a window of one batch XLA would compile another program, with other bits.
+        self._in_order = put_order(np.arange(self._window_steps * batch_size + 1, dtype=np.int32))
+        self._windows: Generator[Arrays, None, None] | None = None
+        self._window: tuple[Array, ...] = ()
+        self._number = _NOWHERE
 
     def position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
-        """The window that `step` is in, its order, and the number of the batch there; another one is let go.
+        """The window of `step`, its order, and the number of the batch of `step` in it; the last window is freed.
 
         Raises:
           UsageError: an example of the window cannot be read.
         """
         number, batch = self._locate(step)
         if number != self._number:
-            if number != self._number + 1:
+            if self._windows is None or number != self._number + 1:
                 self.close()
                 self._windows = read_ahead(self._read, range(number, self._end))
-            self._number, self._window = _NOWHERE, ()  # before the next is asked for, whose memory it may need
+            self._number, self._window = _NOWHERE, ()  # frees the last window: the next may need its memory
             self._window = next(self._windows)
             self._number = number
-        return (*self._window, self._in_order, np.int32(batch))
+        images, labels = self._window
+        return images, labels, self._in_order, np.int32(batch)
 
     def steps_left(self, step: int) -> int:
-        """How many steps there are from `step` to the end of its window."""
+        """The number of steps from `step` to the end of its window."""
         batch = step % self._epoch_steps
         return min(self._window_steps - batch % self._window_steps, self._epoch_steps - batch)
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """The number of a step's window, counted from the start of the run, and of its batch there."""
+        """The number of the window of `step`, from the start of the run, and of its batch in the window."""
         epoch, batch = divmod(step, self._epoch_steps)
         return epoch * self._epoch_windows + batch // self._window_steps, batch % self._window_steps
 
@@ -101,11 +104,11 @@ class Stream:
     def _gather(
         self, split: Examples, batches: Int[np.ndarray, "batches batch"], group: int, stopped: Callable[[], bool]
     ) -> Arrays:
-        """On the devices, the examples that have the numbers in `batches`; -1 is a blank one."""
+        """The examples with the numbers in `batches`, on the devices; -1 is a blank example."""
         return self._layout.put_batches(batches, group, lambda rows: gather(split, rows, stopped))
 
-    def batches(self, split: Examples) -> Iterator[tuple[Array, Array, np.int32]]:
-        """Images and labels of `split`, a batch of evaluation at a time, and how many of them are not blank."""
+    def batches(self, split: Examples) -> Generator[tuple[Array, Array, np.int32], None, None]:
+        """The images, the labels and the number of examples of each evaluation batch of `split`, padded with blanks."""
         size = self._eval_batch_size
 
         def read(number: int, stopped: Callable[[], bool]) -> tuple[Array, Array, np.int32]:
@@ -116,17 +119,17 @@ class Stream:
         return read_ahead(read, range(-(-len(split) // size)))
 
     def close(self) -> None:
-        """Ends the thread and lets go of the windows; who asks for another starts it again."""
+        """Ends the thread and frees the windows; `position` starts it again."""
         if self._windows is not None:
             self._windows.close()
         self._windows, self._number, self._window = None, _NOWHERE, ()
 
 
-def read_ahead(read: Callable[[int, Callable[[], bool]], Window], numbers: range) -> Iterator[Window]:
-    """`read(number, stopped)` for each of `numbers`, the next of them in a thread while the caller works on the last.
+def read_ahead(read: Callable[[int, Callable[[], bool]], Window], numbers: range) -> Generator[Window, None, None]:
+    """`read(number, stopped)` for each of `numbers`; a thread reads the next while the caller works on the last.
 
-    Two results are alive at a time, if the caller lets go of the one it has before it asks for the next. What `read`
-    raises is raised here. Closing the generator, or dropping it, waits for the thread; until then `stopped()` is true.
+    At most two results are in memory, if the caller frees its own before it asks for the next. An error of `read` is
+    raised here. Closing or dropping the generator waits for the thread, and meanwhile `stopped()` is true.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:
