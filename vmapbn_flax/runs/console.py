@@ -3,12 +3,12 @@
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from typing import IO
 
 from tqdm import tqdm
 
-TextFile = IO[str] | StringIO  # beartype takes no StringIO for an IO, since it has no `mode`
+TextFile = IO[str] | StringIO | TextIOWrapper  # beartype takes only what has a `mode` for an IO
 
 
 def say(message: str) -> None:
