@@ -1,15 +1,11 @@
 import errno
 import json
 import os
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
 
 import pytest
 
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.files import AppendLog, read_json, read_lines, workdir_lock, write_json, write_whole
+from vmapbn_flax.files import AppendLog, read_json, read_lines, write_json, write_whole
 
 DEEP = "[" * 100_000  # exhausts the stack of a parser that recurses
 
@@ -145,46 +141,3 @@ def test_a_full_disk_is_an_error_at_once(path, monkeypatch):
     log._file = Full()
     with pytest.raises(RunError, match="log: got No space left on device"):
         log.append({"step": 1})
-
-
-# The lock.
-
-
-def test_one_process_at_a_time(tmp_path):
-    script = (
-        "import pathlib, sys\n"
-        "from vmapbn_flax.files import workdir_lock\n"
-        "with workdir_lock(pathlib.Path(sys.argv[1])):\n"
-        "    print('held', flush=True); sys.stdin.read()"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=pipe, stdout=pipe, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError) as error, workdir_lock(tmp_path):
-            pass
-        assert f"in use by process {holder.pid} on {socket.gethostname()};" in str(error.value)
-        holder.kill()
-    with workdir_lock(tmp_path):  # whatever the dead process left written there
-        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
-
-
-def test_the_lock_is_let_go_of(tmp_path):
-    with pytest.raises(ZeroDivisionError), workdir_lock(tmp_path / "new" / "run"):
-        raise ZeroDivisionError
-    with workdir_lock(tmp_path / "new" / "run"):
-        pass
-
-
-@pytest.mark.parametrize("text", ["process 1 on elsewhere\n", "", "\xff\xfe" * 100])
-def test_a_stale_lock_is_taken_over(tmp_path, text):
-    (tmp_path / ".lock").write_bytes(text.encode("latin-1"))
-    with workdir_lock(tmp_path):
-        pass
-
-
-def test_a_workdir_that_cannot_be(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "run" / ".lock").mkdir(parents=True)
-    for workdir, got in [("file", "File exists"), ("file/run", "Not a directory"), ("run", "Is a directory")]:
-        with ExitStack() as stack, pytest.raises(RunError, match=f"{workdir}: got {got}; expected room"):
-            stack.enter_context(workdir_lock(tmp_path / workdir))

@@ -2,7 +2,7 @@
 
 The names that people import are here. The packages beside this file are the rooms of the program. Each imports only
 from those after it: `cli`, `sweeps`, `runs`, `multihost`, `training`, `data`, `nn`, and from the modules `config`,
-`files`, `signals` and `errors`.
+`defaults`, `files`, `signals` and `errors`.
 """
 
 TYPE_CHECKING = False

@@ -15,7 +15,7 @@ from tests.helpers import small
 from tests.helpers.runs import CONFIG, command
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.data import bundled
-from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import saved_steps
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def at_root(monkeypatch):
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_dataset", small.load)
+        patch.setattr(run, "load_dataset", small.load)
         yield
 
 
@@ -78,7 +78,7 @@ VALUES = {
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in VALUES for value in VALUES[field]])
 def test_config_values(capsys, workdir, monkeypatch, field, value):
-    monkeypatch.setattr(loop, "load_dataset", None)  # found before any data loads
+    monkeypatch.setattr(run, "load_dataset", None)  # found before any data loads
     status, line = refused(capsys, "train", TINY, f"--config.{field}={value}", f"--workdir={workdir}")
     assert status == 2
     assert re.match(rf"error: config\.{field}: got .+, expected .+\. Change it with --config\.{field}=", line)
@@ -234,7 +234,7 @@ def finished(tmp_path_factory, small_data):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     from vmapbn_flax.cli.flags import parse_config
 
-    loop.train(parse_config([CONFIG, "--config.train.num_epochs=1"])[0], workdir)
+    run.train(parse_config([CONFIG, "--config.train.num_epochs=1"])[0], workdir)
     return workdir
 
 
@@ -287,7 +287,7 @@ WORKDIRS = {
     "metrics.jsonl: damaged row": (lose_middle_row, "metrics.jsonl, line 2: got a damaged row"),
     "metrics.jsonl: lost rows": (lose_all_but_the_last_row, r"metrics.jsonl: got 1 rows up to step 6, expected the 4"),
     "metrics.jsonl: directory": (replace("metrics.jsonl", None), "metrics.jsonl: got Is a directory; expected"),
-    "checkpoints: file": (replace("checkpoints", ""), "checkpoints: got a checkpoint that could not be saved"),
+    "checkpoints: file": (replace("checkpoints", ""), "checkpoints: got File exists; expected room and permission"),
     "checkpoints: only strays": (
         lambda workdir: [shutil.rmtree(p) or p.mkdir() for p in (workdir / "checkpoints").iterdir()],
         "got no checkpoint that is whole",
@@ -442,7 +442,7 @@ def test_out_of_memory(capsys, workdir):
     flags = ["--config.train.eval_batch_size=2000000000", "--config.train.num_epochs=1"]
     status, lines = command(capsys, "train", CONFIG, *flags, f"--workdir={workdir}")
     assert status == 1
-    assert re.fullmatch(r"error: got out of memory \(.*\); expected .* to fit. Lower .*eval_batch_size.*", lines[-1])
+    assert re.fullmatch(r"error: out of memory \(.*\): .* do not fit\. Lower .*eval_batch_size.*", lines[-1])
     assert saved_steps(workdir / "checkpoints") == []
 
 

@@ -11,15 +11,17 @@ from vmapbn_flax.cli.evaluate import evaluate
 from vmapbn_flax.cli.refresh import refresh
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
-from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import restore, saved_steps
+from vmapbn_flax.runs.loading import load_config
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.programs import Programs
 
 
 def trained(workdir, **changes):
     """A workdir as training leaves it, after a few steps on real MNIST."""
     config = small.config(model__hidden=(16, 16), train__batch_size=128, train__num_epochs=0.05, **changes)
-    loop.train(config, workdir)
+    run.train(config, workdir)
     return workdir
 
 
@@ -28,17 +30,17 @@ def refreshed(tmp_path_factory):
     """A run of real MNIST, refreshed: its workdir and what `refresh` returned."""
     workdir = tmp_path_factory.mktemp("refresh") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for user in (loop, module, evaluate_module):
+        for user in (run, module, evaluate_module):
             patch.setattr(user, "load_dataset", lambda *arguments: small.mnist())
         trained(workdir)
         yield workdir, refresh(workdir)
 
 
 def load(workdir):
-    config = evaluate_module.load_config(workdir)
+    config = load_config(Workdir(workdir))
     template = Programs([config], small.mnist()).template()
     directory = workdir / "checkpoints"
-    return restore(directory, saved_steps(directory)[-1], template)
+    return restore(directory, saved_steps(directory)[-1], template)[0]
 
 
 def test_statistics_are_those_of_all_the_data(refreshed):
@@ -81,7 +83,7 @@ def test_training_refuses_it(refreshed):
     workdir, _ = refreshed
     contents = sorted(workdir.rglob("*"))
     with pytest.raises(RunError, match=r"refreshed: got refreshed statistics, expected a run; train in .*run instead"):
-        loop.train(evaluate_module.load_config(workdir), workdir / "refreshed")
+        run.train(load_config(Workdir(workdir)), workdir / "refreshed")
     assert sorted(workdir.rglob("*")) == contents
 
 
@@ -100,7 +102,7 @@ def test_training_refuses_an_unfinished_one(refreshed, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         refresh(tmp_path)
     with pytest.raises(RunError, match="got refreshed statistics"):
-        loop.train(evaluate_module.load_config(workdir), tmp_path / "refreshed")
+        run.train(load_config(Workdir(workdir)), tmp_path / "refreshed")
 
 
 def test_again_replaces_it(refreshed):

@@ -1,6 +1,5 @@
 import contextlib
 import io
-import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore, saved_steps
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.programs import Programs
 
 FLAGS = ["--config=configs/tiny.py", "--config.model.hidden=(4,)"]
@@ -36,7 +36,7 @@ def real(tmp_path_factory):
 
     def train_and_keep(flags, workdir, *, stop=False):
         said = TRAIN(flags, workdir, stop=stop)
-        shutil.copytree(workdir, kept / ("stopped" if stop else workdir.name))
+        shutil.copytree(workdir.path, kept / ("stopped" if stop else workdir.path.name))
         return said
 
     status, found = selftest(train_and_keep)
@@ -69,13 +69,14 @@ def test_a_resume_that_is_perturbed(real, programs, monkeypatch):
     """By one bit of one weight, of a pixel that is black in every image, and by one digit of one row."""
 
     def train(flags, workdir, *, stop=False):
-        if stop or workdir.name == "straight":
-            shutil.copytree(real.workdirs / ("stopped" if stop else "straight"), workdir)
+        straight = workdir.path.name == "straight"
+        if stop or straight:
+            shutil.copytree(real.workdirs / ("stopped" if stop else "straight"), workdir.path)
         if stop:
-            flip_a_bit(workdir / "checkpoints", programs)
-            log = workdir / "metrics.jsonl"
-            log.write_text(log.read_text().replace('train_loss": 2', 'train_loss": 3', 1))
-        return "" if stop or workdir.name == "straight" else TRAIN(flags, workdir)
+            flip_a_bit(workdir.checkpoints, programs)
+            rows = workdir.metrics.read_text()
+            workdir.metrics.write_text(rows.replace('train_loss": 2', 'train_loss": 3', 1))
+        return "" if stop or straight else TRAIN(flags, workdir)
 
     monkeypatch.setattr(module, "parity", lambda config: [])
     status, found = selftest(train)
@@ -90,17 +91,16 @@ def test_a_resume_that_is_perturbed(real, programs, monkeypatch):
 def flip_a_bit(directory, programs):
     """Saves the newest checkpoint as it would be with the last bit of its first weight another."""
     step = saved_steps(directory)[-1]
-    meta = json.loads((directory / str(step) / "meta" / "metadata").read_text())
-    state = restore(directory, step, programs.template())
+    state, meta = restore(directory, step, programs.template())
     state.params["dense_0"]["kernel"].view("uint32")[0, 0] ^= 1
     shutil.rmtree(directory / str(step))
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
-        checkpoints.save(step, state, meta["config"], rows=meta["rows"])
+        checkpoints.save(step, state, {"runs": meta["runs"]})
 
 
 def test_a_run_that_is_over_too_soon(monkeypatch):
     def train(flags, workdir, *, stop=False):
-        (workdir / "checkpoints" / "24").mkdir(parents=True, exist_ok=True)
+        (workdir.checkpoints / "24").mkdir(parents=True, exist_ok=True)
         return "resuming at step 24 of 24 steps"
 
     monkeypatch.setattr(module, "load_dataset", lambda *where: small.dataset())
@@ -113,4 +113,4 @@ def test_a_process_that_fails(tmp_path):
     with pytest.raises(
         RunError, match=r"got exit status 2 from a run, expected it to train; it said: error: got .*none"
     ):
-        TRAIN(["--config=configs/none.py"], tmp_path / "run", stop=True)
+        TRAIN(["--config=configs/none.py"], Workdir(tmp_path / "run"), stop=True)

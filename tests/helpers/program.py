@@ -113,6 +113,7 @@ def _inject(
     seconds: float = 0,
     file_limit: int = 0,
     watch: str = "",
+    before: str = "",
 ) -> Callable[[], None]:
     """Arranges what is to go wrong; what it returns is to be called at the end.
 
@@ -126,6 +127,7 @@ def _inject(
       file_limit: the largest size of a file, in bytes.
       watch: a directory; what is unpickled, run as another program, compiled or imported from there, or written
         elsewhere, is noted in the log.
+      before: a function to call first, as "module:name".
     """
     changes = calls = 0
 
@@ -146,6 +148,9 @@ def _inject(
         if foreign or event in PROGRAMS or (path and not path.startswith(allowed)):
             os.write(2, f"watched: {event} {arguments}\n".encode())
 
+    if before:
+        module, _, function = before.partition(":")
+        getattr(importlib.import_module(module), function)()
     if watch:
         sys.addaudithook(suspect)
     if file_limit:

@@ -1,17 +1,22 @@
 """One run, or sweep, in several processes, over loopback: the numbers of one process, and an end for all of them."""
 
+import concurrent.futures
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
+import time
 
 import numpy as np
 import pytest
 
 from tests.helpers.program import CONFIG, SWEEP, Program
 from tests.helpers.runs import leftovers, outcome, state_bytes
+from tests.multihost import changes
 from vmapbn_flax.runs.checkpoints import saved_steps
+from vmapbn_flax.runs.workdir import Workdir
 
 ADVANCE = "vmapbn_flax.training.programs:Programs.advance"
 LOST = "error: lost another process of this run"
@@ -57,12 +62,17 @@ class Processes:
             log.write_text("")
             address = {"coordinator": f"127.0.0.1:{port}", "num_processes": len(self.servers), "process_id": i}
             distributed = [f"--config.distributed.{name}={value}" for name, value in address.items()]
-            argv = (*self.flags, *flags, *(own_flags or {}).get(i, ()), f"--workdir={self.workdir}", *distributed)
+            argv = (*self.flags, *flags, f"--workdir={self.workdir}", *distributed, *(own_flags or {}).get(i, ()))
             server.start("train", *argv, log=log, **(faults or {}).get(i, {}))
 
     def wait(self):
-        """The exit statuses; None for a process that does not end."""
-        statuses = [server.wait(SECONDS) for server in self.servers]
+        """The exit statuses; None for a process that does not end. Notes the seconds from the first end to the last."""
+        ended = concurrent.futures.ThreadPoolExecutor(len(self.servers))
+        with ended:
+            ends = list(ended.map(lambda server: (server.wait(SECONDS), time.monotonic()), self.servers))
+        statuses, moments = zip(*ends, strict=True)
+        self.seconds = max(moments) - min(moments)
+        statuses = list(statuses)
         for server, status in zip(self.servers, statuses, strict=True):
             if status is None:
                 server.signal(signal.SIGKILL)
@@ -201,16 +211,84 @@ def test_a_signal_to_one_stops_all_at_the_same_step(two, together):
 
 
 def test_errors_end_all_with_their_status(two, together):
-    """Of all of them, of their being different, of the one that has the workdir; a finished run is finished for all."""
+    """Of all of them, of the one that has the lock; a finished run is finished for all."""
     assert two.run("--config.train.batch_size=101") == [2, 2]
-    assert two.run(own_flags={1: ("--config.seed=1",)}) == [2, 2]
-    assert "configs that differ between processes" in two.lines(0)[-1]
     shutil.copytree(together.workdir, two.workdir, dirs_exist_ok=True)
     assert two.run("--config.model.hidden=(7,)") == [1, 1]
-    assert two.lines(0)[-1].startswith("error: got a config that differs")
-    assert two.lines(1) == []
+    for i in (0, 1):
+        assert two.lines(i)[-1].startswith("error: got a config that differs")
+    with Workdir(two.workdir).lock():
+        assert two.run() == [1, 1]
+    assert f"got a workdir in use by process {os.getpid()}" in two.lines(0)[-1]
+    assert two.lines(1)[-1].startswith(
+        f"error: process 0: {two.workdir}: got a workdir in use by process {os.getpid()}"
+    )
     assert two.run() == [0, 0]
     assert "finished at step 54" in two.lines(0)[-1]
+
+
+# One fails while the others are somewhere else, in a collective of the devices for the most part.
+
+
+def change(name, process):
+    return {process: {"before": f"tests.multihost.changes:{name}"}}
+
+
+STREAMED = "--config.data.memory_limit=1e-9"
+NO_ROOM = "metrics.jsonl: got No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("name", "process", "flags", "status", "message"),
+    [
+        ("damaged_record", 0, (STREAMED,), 2, changes.DAMAGED),
+        ("damaged_record", 1, (STREAMED,), 2, changes.DAMAGED),
+        ("bug", 0, (), 1, "ZeroDivisionError: a bug"),
+        ("bug", 1, (), 1, "ZeroDivisionError: a bug"),
+        ("full_disk", 0, (), 1, NO_ROOM),
+        ("failing_save", 0, (), 1, "got a checkpoint that could not be saved"),
+    ],
+)
+def test_an_error_in_one_ends_all(two, record_property, name, process, flags, status, message):
+    """With that error's own line and status, wherever the others are; the same command continues."""
+    two.start(*flags, faults=change(name, process))
+    assert two.wait() == [status, status], (two.lines(0), two.lines(1))
+    for i in (0, 1):
+        said = "\n".join(two.lines(i))
+        assert message in said
+        assert ("error: process" in said) == (i != process)
+        assert "lost another process" not in said
+    record_property("seconds", two.seconds)
+    assert two.seconds < 10, two.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reversed_rows", "error: data: got "),
+        ("fewer_rows", "error: data: got "),
+        ("other_packages", "error: packages: got "),
+    ],
+)
+def test_processes_that_differ_are_refused(two, name, message):
+    assert two.run(faults=change(name, 1)) == [2, 2]
+    for i in (0, 1):
+        assert two.lines(i)[-1].startswith(message)
+        assert "in process 0 and" in two.lines(i)[-1]
+    assert not two.workdir.exists()
+
+
+def test_configs_that_differ_are_refused(two):
+    assert two.run(own_flags={1: ("--config.seed=1",)}) == [2, 2]
+    for i in (0, 1):
+        assert two.lines(i)[-1].startswith("error: config.seed: got 0 in process 0 and 1 in process 1; expected the")
+
+
+def test_a_workdir_that_not_all_see(two):
+    assert two.run(own_flags={1: (f"--workdir={two.workdir}_elsewhere",)}) == [1, 1]
+    assert f"{two.workdir}_elsewhere: got another directory here than process 0 has there" in two.lines(0)[-1]
+    assert "Put --workdir on a file system that they share" in two.lines(1)[-1]
+    assert not (two.workdir / "config.json").exists()
 
 
 def test_processes_that_cannot_meet(program, tmp_path):

@@ -11,10 +11,16 @@ import pytest
 from flax import struct
 
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore, restore_latest, saved_steps
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore, restore_latest, saved_steps, versions
 
 CONFIG = {"seed": 0, "model": {"hidden": [3, 4]}, "optimizer": {"learning_rate": 1e-3}}
-META = {"config": CONFIG, "rows": 0}
+
+
+def run(**changes):
+    return {"name": "", "config": CONFIG, "rows": 0} | changes
+
+
+META = {"runs": [run()]}
 
 
 class State(struct.PyTreeNode):
@@ -39,7 +45,7 @@ def _leaves(tree):
 def save(directory, *steps, best_step=None):
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state(step), {"config": CONFIG, "rows": step}, best_step)
+            checkpoints.save(step, state(step), {"runs": [run(rows=step)]}, best_step)
 
 
 def listing(directory):
@@ -70,7 +76,26 @@ def test_newest_with_what_was_saved_beside_it(directory):
     save(directory, 0, 9, 10)
     got, meta = restore_latest(directory, state(0))
     assert bits(got) == bits(state(10))
-    assert {key: meta[key] for key in ("step", "config", "rows")} == {"step": 10, "config": CONFIG, "rows": 10}
+    assert meta == {"step": 10, "runs": [run(rows=10)], "versions": versions()}
+
+
+def test_padding_is_left_out(directory):
+    """Of runs that train together: devices may have rows for more."""
+    together = {"kernel": np.arange(12.0).reshape(4, 3), "step": np.full(4, 5)}
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        checkpoints.save(5, together, {"runs": [run(name="a"), run(name="b"), run(name="c")]})
+    template = {name: array[:3] for name, array in together.items()}
+    for got, meta in (restore(directory, 5, template), restore_latest(directory, template)):
+        np.testing.assert_equal(got, template)
+        assert [described["name"] for described in meta["runs"]] == ["a", "b", "c"]
+
+
+def test_one_saved_in_another_form_is_a_line(directory):
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        checkpoints.save(1, state(1), {"config": CONFIG, "rows": 0})
+    for attempt in (lambda: restore(directory, 1, state(0)), lambda: restore_latest(directory, state(0))):
+        with pytest.raises(RunError, match=r"1: got a damaged checkpoint \(KeyError: 'runs'\)"):
+            attempt()
 
 
 def test_a_save_is_of_its_moment(directory):
@@ -206,9 +231,10 @@ DAMAGE = {
     "bit flipped": flip_a_bit_of_an_array,
     "torn meta": lambda path: (path / "meta" / "metadata").write_text('{"step": '),
     "meta of another type": lambda path: (path / "meta" / "metadata").write_text("[1]"),
-    "other config": lambda path: edit_meta(path, config=CONFIG | {"seed": 1}),
-    "other rows": lambda path: edit_meta(path, rows=0),
-    "no digest": lambda path: edit_meta(path, digest=None),
+    "other config": lambda path: edit_meta(path, runs=[run(config=CONFIG | {"seed": 1})]),
+    "other rows": lambda path: edit_meta(path, runs=[run(rows=0)]),
+    "no runs": lambda path: edit_meta(path, runs=None),
+    "no sums": lambda path: (path / "SHA256").unlink(),
     "file": replace_by_a_file,
     "copy of another step": swap_with_an_older_one,
 }

@@ -9,9 +9,9 @@ from tests.helpers import small
 from tests.helpers.runs import CONFIG, command, leftovers, outcome, state_bytes
 from tests.runs.test_metrics import scalars
 from vmapbn_flax.cli.flags import parse_config
-from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import saved_steps
-from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.training.programs import Programs
 
@@ -27,8 +27,8 @@ def small_and_compiled_once():
         return programs.setdefault(configs[0].to_json(), Programs(configs, dataset, devices))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_dataset", lambda *where: small.dataset())
-        patch.setattr(loop, "Programs", compiled)
+        patch.setattr(run, "load_dataset", lambda *where: small.dataset())
+        patch.setattr(run, "Programs", compiled)
         patch.setattr("vmapbn_flax.runs.pictures.plot_runs", lambda workdirs, output: output.touch())
         yield
 
@@ -37,7 +37,7 @@ def small_and_compiled_once():
 def undisturbed(tmp_path_factory):
     """The workdir of a run from start to end in one go."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    loop.train(parse_config([CONFIG])[0], workdir)
+    run.train(parse_config([CONFIG])[0], workdir)
     return workdir
 
 
@@ -55,7 +55,7 @@ def train(capsys, workdir):
 @pytest.fixture
 def stop(monkeypatch):
     """Has SIGTERM arrive at exactly one step."""
-    advance, next_stop = Programs.advance, Run._next_stop
+    advance, next_stop = Programs.advance, Loop._next_stop
 
     def stop_at(target, signum=signal.SIGTERM):
         def next_stop_or_target(self):
@@ -67,7 +67,7 @@ def stop(monkeypatch):
                 signal.raise_signal(signum)
             return state
 
-        monkeypatch.setattr(Run, "_next_stop", next_stop_or_target)
+        monkeypatch.setattr(Loop, "_next_stop", next_stop_or_target)
         monkeypatch.setattr(Programs, "advance", advance_and_signal)
 
     return stop_at
@@ -199,8 +199,8 @@ def test_fewer_data_are_refused(train, workdir, undisturbed, monkeypatch):
     shutil.copytree(undisturbed, workdir)
     (workdir / "summary.json").unlink()
     fewer = dataclasses.replace(small.dataset(), train=small.dataset().train[:64])
-    monkeypatch.setattr(loop, "load_dataset", lambda *where: fewer)
-    monkeypatch.setattr(loop, "Programs", Programs)
+    monkeypatch.setattr(run, "load_dataset", lambda *where: fewer)
+    monkeypatch.setattr(run, "Programs", Programs)
     status, lines = train()
     assert (status, len(lines)) == (1, 1)
     assert "got a checkpoint of step 30, expected at most the 20 of this run: its data set has shrunk" in lines[0]

@@ -14,7 +14,7 @@ from tests.helpers.runs import CONFIG, command, leftovers, outcome
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.data.records import Records
 from vmapbn_flax.runs.checkpoints import saved_steps
-from vmapbn_flax.runs.loop import Run
+from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.training.programs import Programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
@@ -81,7 +81,7 @@ def train(capsys, workdir, root):
 @pytest.fixture
 def at_step(monkeypatch):
     """Has something happen once a chunk ends at exactly one step."""
-    advance, next_stop = Programs.advance, Run._next_stop
+    advance, next_stop = Programs.advance, Loop._next_stop
 
     def arrange(target, action):
         def next_stop_or_target(self):
@@ -93,7 +93,7 @@ def at_step(monkeypatch):
                 action()
             return state
 
-        monkeypatch.setattr(Run, "_next_stop", next_stop_or_target)
+        monkeypatch.setattr(Loop, "_next_stop", next_stop_or_target)
         monkeypatch.setattr(Programs, "advance", advance_and_act)
 
     return arrange

@@ -8,13 +8,13 @@ import pytest
 from tests.helpers import small
 from tests.helpers.runs import CONFIG, command, outcome
 from vmapbn_flax.runs import timing
-from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs import train as run
 from vmapbn_flax.training.programs import Programs
 
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
-    monkeypatch.setattr(loop, "load_dataset", lambda *where: small.dataset())
+    monkeypatch.setattr(run, "load_dataset", lambda *where: small.dataset())
 
 
 def traces(workdir):
@@ -39,11 +39,11 @@ def profiled(tmp_path_factory):
         return advance(self, state, step, count)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_dataset", lambda *where: small.dataset())
+        patch.setattr(run, "load_dataset", lambda *where: small.dataset())
         patch.setattr(Programs, "advance", noted)
         from vmapbn_flax.cli.flags import parse_config
 
-        loop.train(parse_config([CONFIG, "--config.train.profile=True"])[0], workdir)
+        run.train(parse_config([CONFIG, "--config.train.profile=True"])[0], workdir)
     return workdir, chunks
 
 
@@ -63,7 +63,7 @@ def test_profile_changes_no_bit(profiled, capsys, tmp_path):
     assert status == 0
     assert not (tmp_path / "run" / "profile").exists()
     got, expected = outcome(workdir), outcome(tmp_path / "run")
-    configs = [json.loads(run.pop("config.json")) for run in (got, expected)]
+    configs = [json.loads(side.pop("config.json")) for side in (got, expected)]
     assert [config["train"].pop("profile") for config in configs] == [True, False]
     assert configs[0] == configs[1]
     assert got == expected
@@ -92,20 +92,20 @@ def test_clocks_by_hand(monkeypatch, unchecked):
     now = SimpleNamespace(time=100.0)
     monkeypatch.setattr(timing.time, "monotonic", lambda: now.time)
     compiler = SimpleNamespace(compile_seconds=0.0, device_seconds={"train": 0.0})
-    run = timing.Timing(compiler, started=98.0)
-    assert run.speed(0) == {}
+    clocks = timing.Timing(compiler, started=98.0)
+    assert clocks.speed(0) == {}
 
     now.time += 3  # the start, one second of it compiling
     compiler.compile_seconds += 1
-    run.started_up()
+    clocks.started_up()
     for _ in range(2):  # ten seconds of training, of which six and two thirds in the program, and five compiling
-        with run.clock("train") as clock:
+        with clocks.clock("train") as clock:
             now.time += 7.5
             compiler.compile_seconds += 2.5
             compiler.device_seconds["train"] += 10 / 3
         assert clock.seconds == 5
-    with run.clock("evaluate"):
+    with clocks.clock("evaluate"):
         now.time += 4
     now.time += 2  # rows
-    assert run.seconds() == {"compile": 6, "startup": 4, "train": 10, "evaluate": 4, "total": 26}
-    assert run.speed(600) == {"examples_per_second": 50, "fraction_outside_device_program": round(1 - 20 / 36, 4)}
+    assert clocks.seconds() == {"compile": 6, "startup": 4, "train": 10, "evaluate": 4, "total": 26}
+    assert clocks.speed(600) == {"examples_per_second": 50, "fraction_outside_device_program": round(1 - 20 / 36, 4)}

@@ -5,6 +5,7 @@ import pytest
 from tests.sweeps import test_sweep
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.report import report
 from vmapbn_flax.sweeps.results import SELECTION, read_settings
@@ -17,7 +18,7 @@ def write_sweep(workdir, accuracies, swept=None, statuses=None):
     config = test_sweep.sweep_config(swept or {"optimizer__learning_rate": RATES, "seed": SEEDS})
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-    ledger = Ledger(workdir)
+    ledger = Ledger(Workdir(workdir))
     ledger.add([list(accuracies)])
     for name, (validation, test) in accuracies.items():
         (workdir / name).mkdir()
@@ -41,13 +42,13 @@ def by_hand(**changes):
 
 
 def labels(workdir):
-    return [setting.label for setting in read_settings(workdir)]
+    return [setting.label for setting in read_settings(Workdir(workdir))]
 
 
 def test_ranked_by_mean_validation_accuracy(tmp_path, capsys):
     workdir = write_sweep(tmp_path / "sweep", by_hand())
     assert labels(workdir) == ["learning_rate=0.01", "learning_rate=0.1", "learning_rate=0.001"]
-    best = report(workdir)
+    best = report(Workdir(workdir))
     # The best of the best setting, not the luckiest member of all.
     assert best.name == "learning_rate=0.01,seed=1"
     lines = capsys.readouterr().err.splitlines()
@@ -67,14 +68,14 @@ def test_test_accuracy_has_no_say(tmp_path):
     workdir = write_sweep(tmp_path / "sweep", by_hand())
     other = write_sweep(tmp_path / "other", {name: (figure, 1 - test) for name, (figure, test) in by_hand().items()})
     assert labels(other) == labels(workdir)
-    assert report(other).name == report(workdir).name
+    assert report(Workdir(other)).name == report(Workdir(workdir)).name
 
 
 def test_settings_with_members_that_are_not_done_come_last(tmp_path, capsys):
     statuses = {"learning_rate=0.01,seed=1": "diverged", "learning_rate=0.001,seed=0": "running"}
     workdir = write_sweep(tmp_path / "sweep", by_hand(), statuses=statuses)
     assert labels(workdir) == ["learning_rate=0.1", "learning_rate=0.01", "learning_rate=0.001"]
-    assert report(workdir).name == "learning_rate=0.1,seed=1"
+    assert report(Workdir(workdir)).name == "learning_rate=0.1,seed=1"
     printed = capsys.readouterr().err
     assert "1 diverged at step 20" in printed
     assert "1 running" in printed
@@ -83,7 +84,7 @@ def test_settings_with_members_that_are_not_done_come_last(tmp_path, capsys):
 
 def test_nothing_is_done(tmp_path, capsys):
     workdir = write_sweep(tmp_path / "sweep", by_hand(), statuses=dict.fromkeys(by_hand(), "pending"))
-    assert report(workdir) is None
+    assert report(Workdir(workdir)) is None
     assert "python train.py" not in capsys.readouterr().err
 
 
@@ -100,7 +101,7 @@ def test_every_kind_of_sweep_has_a_picture(swept, tmp_path):
 
     members = expand(test_sweep.sweep_config(swept))
     found = {member.name: (0.5 + 0.01 * i, 0.5) for i, member in enumerate(members)}
-    report(write_sweep(tmp_path / "sweep", found, swept))
+    report(Workdir(write_sweep(tmp_path / "sweep", found, swept)))
     assert (tmp_path / "sweep" / "sweep.png").exists()
 
 
@@ -119,6 +120,6 @@ def test_command(tmp_path, capsys):
 
 def test_no_sweep(tmp_path, capsys):
     with pytest.raises(RunError, match=r"got no sweep\.json, expected the workdir of a sweep"):
-        report(tmp_path)
+        report(Workdir(tmp_path))
     assert main(["report", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1

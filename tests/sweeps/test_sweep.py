@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 
 from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_width
 from tests.helpers import small
+from tests.helpers.runs import command
 from vmapbn_flax import default_config
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import FIELDS, flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
-from vmapbn_flax.runs import train as loop
+from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import restore
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps import plan
 from vmapbn_flax.sweeps import train as sweep
 from vmapbn_flax.sweeps.expand import chunk, expand, program_groups, program_key
@@ -46,7 +49,7 @@ def sweep_config(sweep=None, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plan, loop):
+        for module in (plan, run):
             patch.setattr(module, "load_dataset", lambda data: small.dataset(data.validation_size))
         yield
 
@@ -99,7 +102,7 @@ def rows(workdir):
 def figures(workdir):
     """All that a sweep found, without how long it took."""
     found = {}
-    for name in Ledger(workdir).members:
+    for name in Ledger(Workdir(workdir)).members:
         path = workdir / name / "summary.json"
         summary = json.loads(path.read_text()) | {"seconds": None} if path.exists() else None
         found[name] = rows(workdir / name), summary
@@ -224,7 +227,7 @@ def test_data_larger_than_its_limit_is_refused(tmp_path, monkeypatch):
 
 def test_a_sweep_is_no_run(tmp_path):
     with pytest.raises(UsageError, match=r"config\.sweep: got values of optimizer\.learning_rate, seed, expected none"):
-        loop.train(sweep_config(), tmp_path / "run")
+        run.train(sweep_config(), tmp_path / "run")
 
 
 ARGUMENTS = {name for name, field in FIELDS.items() if field.traced} - {"train.num_epochs"}
@@ -288,7 +291,7 @@ def test_finished_sweep_trains_nothing(eight, monkeypatch):
 def test_member_equals_its_run(eight, member, tmp_path):
     """The same rows; what floating point rounds differently, it has had 20 steps to amplify."""
     member = expand(sweep_config())[member]
-    loop.train(member.config, tmp_path / "run")
+    run.train(member.config, tmp_path / "run")
     got, expected = rows(eight[0] / member.name), rows(tmp_path / "run")
     assert [list(row) for row in got] == [list(row) for row in expected]
     for name in ("step", "learning_rate", "test_count", "validation_count"):
@@ -298,6 +301,11 @@ def test_member_equals_its_run(eight, member, tmp_path):
         np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
     summary = json.loads((eight[0] / member.name / "summary.json").read_text())
     assert list(summary) == list(json.loads((tmp_path / "run" / "summary.json").read_text()))
+    template = Programs([member.config], small.dataset(20)).template()
+    workdirs = eight[0] / member.name, tmp_path / "run"
+    saved = [restore(workdir / "checkpoints", STEPS, template) for workdir in workdirs]
+    small.assert_close(*(state.params for state, _ in saved), rtol=1e-3, atol=1e-5)
+    assert saved[0][1] == saved[1][1]  # and what lies beside the state
 
 
 def test_batches_are_those_of_each_seed():
@@ -310,7 +318,7 @@ def test_batches_are_those_of_each_seed():
         small.assert_close(member, alone.advance(alone.create(), 0, 1))
 
 
-def test_signal_saves(eight, tmp_path, monkeypatch):
+def test_signal_saves(eight, tmp_path, monkeypatch, capsys):
     advance, calls = Programs.advance, []
 
     def advance_and_signal(*arguments):
@@ -327,8 +335,9 @@ def test_signal_saves(eight, tmp_path, monkeypatch):
     entry = ledger_of(tmp_path / "sweep")["members"][name]
     assert entry["status"] == "running"
     assert [path.name for path in (tmp_path / "sweep/groups/0/checkpoints").iterdir()] == [str(entry["step"])]
-    with pytest.raises(RunError, match=r"got a member that its sweep is not done with .*--config=configs/saved\.py"):
-        loop.train(expand(sweep_config())[0].config, tmp_path / "sweep" / name)
+    status, lines = command(capsys, "train", f"--config={saved.__file__}:{tmp_path / 'sweep' / name}")
+    assert (status, len(lines)) == (1, 1)
+    assert re.search(r"got a member that its sweep is not done with .*--config=configs/saved\.py", lines[0])
     sweep.train_sweep(sweep_config(), tmp_path / "sweep")
     assert ledger_of(tmp_path / "sweep") == ledger_of(eight[0])
     assert figures(tmp_path / "sweep") == figures(eight[0])
@@ -346,7 +355,7 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         assert (workdirs[0] / name / "metrics.jsonl").read_text() == (workdirs[1] / name / "metrics.jsonl").read_text()
         template = Programs([healthy_config := expand(healthy)[0].config], small.dataset(20)).template()
         assert healthy_config.train.max_skipped_steps == 4
-        states = [restore(workdir / name / "checkpoints", STEPS, template) for workdir in workdirs]
+        states = [restore(workdir / name / "checkpoints", STEPS, template)[0] for workdir in workdirs]
         small.assert_same_bits(*states)
     entry = ledger_of(workdirs[1])["members"]["learning_rate=1e+38"]
     assert entry["status"] == "diverged"
@@ -356,7 +365,7 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
     assert max(row["step"] for row in rows(diverged)) <= entry["step"]
     assert [path.name for path in (diverged / "checkpoints").iterdir()] == [str(entry["step"])]
     with pytest.raises(RunError, match=r"got 4 steps in a row whose loss or gradients are not finite"):
-        loop.train(expand(sick)[2].config, diverged)
+        run.train(expand(sick)[2].config, diverged)
 
 
 def test_group_of_which_all_diverge_ends(tmp_path):
@@ -445,7 +454,7 @@ def test_finished_member_continues_alone(copy_of_eight):
     assert flat(config) == flat(next(member.config for member in expand(sweep_config()) if member.name == name))
     before = rows(copy_of_eight / name)
     config.train.num_epochs = 5.0
-    assert loop.train(config, copy_of_eight / name)["step"] == 25
+    assert run.train(config, copy_of_eight / name)["step"] == 25
     assert rows(copy_of_eight / name)[: len(before)] == before
     # To its sweep it is what it was.
     assert sweep.train_sweep(sweep_config(), copy_of_eight).count("done") == 8

@@ -79,10 +79,10 @@ def parity(config: ConfigDict) -> list[Difference]:
         variant.model.norm = norm
         programs.append(Programs([variant], dataset))
     with contextlib.closing(programs[0]) as vmap, contextlib.closing(programs[1]) as batched:
-        return _compare_programs(vmap, batched, config)
+        return _compare_programs(vmap, batched)
 
 
-def _compare_programs(vmap: Programs, batched: Programs, config: ConfigDict) -> list[Difference]:
+def _compare_programs(vmap: Programs, batched: Programs) -> list[Difference]:
     count = min(_STEPS, vmap.steps_per_epoch, vmap.total_steps)
 
     first = [program.gradients(program.create(), step=0) for program in (vmap, batched)]
@@ -95,7 +95,7 @@ def _compare_programs(vmap: Programs, batched: Programs, config: ConfigDict) -> 
         compare(f"statistics after {count} steps", states[0].batch_stats, states[1].batch_stats, 1e-3),
     ]
     for name, state, own, other in (("vmapped", states[0], vmap, batched), ("batched", states[1], batched, vmap)):
-        restored = _through_checkpoint(state, config, other)
+        restored = _through_checkpoint(state, other)
         what = f"accuracy of the {name} network's checkpoint in the other"
         key = own.selection
         rows.append(compare(what, np.float32(own.evaluate(state)[key]), np.float32(other.evaluate(restored)[key]), 0.0))
@@ -111,8 +111,8 @@ def _advance(programs: Programs, count: int) -> tuple[np.ndarray, TrainState]:
     return np.array(losses, np.float32), state
 
 
-def _through_checkpoint(state: TrainState, config: ConfigDict, programs: Programs) -> Any:
+def _through_checkpoint(state: TrainState, programs: Programs) -> Any:
     with signals.raised(), tempfile.TemporaryDirectory() as directory:
         with contextlib.closing(Checkpoints(Path(directory))) as checkpoints:
-            checkpoints.save(int(state.step), programs.snapshot(state), {"config": config.to_dict()})
+            checkpoints.save(int(state.step), programs.snapshot(state), {"runs": []})
         return restore(Path(directory), int(state.step), programs.template())[0]

@@ -118,8 +118,8 @@ def _end(workdir: Workdir, programs: Programs) -> list[tuple[str, str, dict[str,
     rows = {f"row {number}": line for number, (line, _) in enumerate(lines, start=1)}
     return [
         ("state", "arrays", arrays),
-        ("metrics.jsonl", f"rows of {sum(len(row) for _, row in lines)} numbers", rows),
-        ("summary.json but for seconds", "fields", _spell(summary)),
+        (workdir.metrics.name, f"rows of {sum(len(row) for _, row in lines)} numbers", rows),
+        (f"{workdir.summary.name} but for seconds", "fields", _spell(summary)),
     ]
 
 

@@ -17,6 +17,8 @@ LOST = (
     "from the newest checkpoint"
 )
 
+_ends = [(LOST, 1)]  # message and status of a process that is aborted; the last one counts
+
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
     """Connects this process to the others; the arguments are the fields of `config.distributed`.
@@ -54,13 +56,18 @@ def leave(message: str, status: int) -> NoReturn:
     os._exit(status)
 
 
+def when_aborted(message: str, status: int) -> None:
+    """Says how this process is to end where jax.distributed ends it: as it will have by itself in a moment."""
+    _ends.append((message, status))
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(signum: int) -> None:
     """Handles SIGABRT, by which jax.distributed ends a process that has lost another.
 
     A Python handler would run when the thread returns to Python, and the thread does not return.
     """
-    leave(LOST, 1)
+    leave(*_ends[-1])
 
 
 def first_line(error: BaseException) -> str:

@@ -168,12 +168,13 @@ class Processes:
         self._leave(failure, message)
 
     def _leave(self, failure: dict[str, Any], message: str) -> NoReturn:
-        """Ends this process. The failed process, and process 0, which has the store, wait until the others know."""
+        """Ends this process. Process 0, which has the store, waits until the others know."""
         self._left.set()
+        distributed.when_aborted(message, failure["status"])
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_FAILURE}_seen/{self.index}", "", True)
             end = time.monotonic() + _NOTICE_SECONDS
-            for index in range(self.count) if self.first or failure["index"] == self.index else ():
+            for index in range(self.count) if self.first else ():
                 self._wait_for(f"{_FAILURE}_seen/{index}", end - time.monotonic())
         distributed.leave(message, failure["status"])
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,14 +21,15 @@ State = TypeVar("State")
 Arrays = dict[str, Any]
 Meta = dict[str, Any]
 
-_DELETED = "deleted"  # a checkpoint is moved here before it is removed: a kill never leaves a part of one
+_PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written or deleted
 
 
 class Checkpoints:
     """The checkpoints of one run, or of runs that train together, `<directory>/<step>/`: the latest two and the best.
 
     Saves run in the background; `close` waits for them, and every way out must call it. Many processes save together,
-    each its own shards, into a directory that all of them see.
+    each its own shards, into a directory that all of them see. orbax's CheckpointManager is not used: where a save
+    fails in one of many processes, it waits minutes for the others before it says so.
 
     Args:
       directory: of the checkpoints; made if it does not exist.
@@ -40,21 +41,20 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, alone: bool = False):
         self._directory = directory.absolute()
-        self._policy = _LatestTwoAndBest()
+        self._first = alone or jax.process_index() == 0
+        self._kept: set[int | None] | None = None
         self._saving = self._directory
+        processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
+        self._checkpointer = ocp.AsyncCheckpointer(
+            _handler(processes),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
+            multiprocessing_options=processes,
+        )
         with self._failures():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    create=False,
-                    cleanup_tmp_directories=True,
-                    preservation_policy=self._policy,
-                    todelete_subdir=_DELETED,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
-                    multiprocessing_options=_this_process() if alone else ocp.options.MultiprocessingOptions(),
-                ),
-            )
+            if self._first:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                for partial in self._directory.glob(f"*{_PARTIAL}*"):
+                    shutil.rmtree(partial)
 
     def save(self, step: int, state: Any, meta: Meta, best_step: int | None = None) -> None:
         """Saves `state` under `step`, unless that step is saved already.
@@ -65,34 +65,34 @@ class Checkpoints:
           meta: JSON to save beside the state.
           best_step: the step whose checkpoint is kept beside the latest two.
         """
-        self.wait()
-        self._policy.best_step = best_step
-        if step in saved_steps(self._directory):
-            return
-        self._saving = self._directory / str(step)
-        meta = {"step": step, **meta, "versions": versions()}
-        items = {"state": ocp.args.StandardSave(_named(state)), "meta": ocp.args.JsonSave(meta)}
-        with self._failures():
-            self._manager.reload()  # drops failed saves, and checkpoints that were moved aside, from its list
-            self._manager.save(step, args=ocp.args.Composite(**items))
+        saved = self.steps()
+        if step not in saved:
+            self._saving = self._directory / str(step)
+            meta = {"step": step, **meta, "versions": versions()}
+            items = {"state": ocp.args.StandardSave(_named(state)), "meta": ocp.args.JsonSave(meta)}
+            with self._failures():
+                self._checkpointer.save(self._saving, args=ocp.args.Composite(**items))
+        self._kept = {*sorted({*saved, step})[-2:], best_step}
 
     def _write_sums(self) -> None:
         """Called by orbax when all files are written, before the directory gets its name."""
-        (partial,) = self._directory.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
-        write_sums(partial)
+        write_sums(_partial(self._saving))
 
     def wait(self) -> None:
         """Returns when the last save is on the disk and the checkpoints that it supersedes are removed."""
         with self._failures():
-            self._manager.wait_until_finished()
-            shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
+            self._checkpointer.wait_until_finished()
+            if self._first and self._kept is not None:
+                for step in set(saved_steps(self._directory)) - self._kept:
+                    path = self._directory / str(step)
+                    shutil.rmtree(path.rename(_partial(path)))  # whole or gone, whenever a kill arrives
 
     def close(self) -> None:
-        """Waits for the last save, and closes orbax's manager."""
+        """Waits for the last save, and lets go of the directory."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._checkpointer.close()
 
     def steps(self) -> list[int]:
         """The saved steps, in ascending order; waits for the last save."""
@@ -105,6 +105,7 @@ class Checkpoints:
             yield
         # A full disk raises a different exception in each layer below.
         except Exception as error:
+            self._kept = None
             steps = saved_steps(self._directory)
             raise RunError(
                 f"{self._directory}: got a checkpoint that could not be saved ({_reason(error)}); expected room "
@@ -113,21 +114,15 @@ class Checkpoints:
             ) from error
 
 
-class _LatestTwoAndBest:
-    """Which checkpoints orbax keeps; each save sets `best_step`."""
-
-    best_step: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        latest = [checkpoint.step for checkpoint in checkpoints][-2:]
-        return [checkpoint.step in {*latest, self.best_step} for checkpoint in checkpoints]
-
-
 def _this_process() -> ocp.options.MultiprocessingOptions:
     index = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
     )
+
+
+def _handler(processes: ocp.options.MultiprocessingOptions) -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=processes))
 
 
 def versions() -> dict[str, str]:
@@ -191,25 +186,26 @@ class DamagedError(Exception):
 def _read(path: Path) -> tuple[Arrays, Meta]:
     try:
         require_whole(path)
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=_this_process())
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=_this_process()) as checkpointer:
+        processes = _this_process()
+        with ocp.Checkpointer(_handler(processes), multiprocessing_options=processes) as checkpointer:
             # As numpy arrays, whatever devices they were saved from.
             saved_as = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state")
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
             items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
             saved = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
-        meta = saved["meta"]
+        meta, count = saved["meta"], len(saved["meta"]["runs"])
         if str(meta["step"]) != path.name:
             raise ValueError(f"it was saved as step {meta['step']}")
     # Damage raises a different exception in each layer below, `Exception` itself included.
     except Exception as error:
         raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
-    count = len(meta.get("runs", ()))
     if count > 1:  # many processes also save the rows that pad the members to the devices
         return {name: array[:count] for name, array in saved["state"].items()}, meta
     return saved["state"], meta
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + _PARTIAL)
 
 
 def _reason(error: Exception) -> str:

@@ -32,12 +32,12 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
         if kind not in figure.canvas.get_supported_filetypes():
             raise UsageError(f"{output}: got a name that ends in {output.suffix!r}, expected .png, .pdf or .svg")
         accuracy, loss = figure.subplots(1, 2)
-        for i, workdir in enumerate(workdirs):
-            rows = Workdir(workdir).read_rows()
+        for i, workdir in enumerate(map(Workdir, workdirs)):
+            rows = workdir.read_rows()
             if not rows:
-                raise RunError(f"{workdir}: got no metrics.jsonl with rows; expected the workdir of a run.")
+                raise RunError(f"{workdir}: got no {workdir.metrics.name} with rows; expected the workdir of a run.")
             line, marker = STYLES[i % len(STYLES)]
-            label = workdir.resolve().name
+            label = workdir.path.resolve().name
             for axes, name in ((accuracy, "test_accuracy"), (loss, "train_loss")):
                 points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
                 steps, values = zip(*points, strict=True) if points else ((), ())
