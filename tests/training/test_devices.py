@@ -250,7 +250,7 @@ def test_restored_on_another_count(tmp_path, before, after):
         state = programs.advance(state, step, 1)
     saved = jax.device_get(state)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(20, programs.snapshot(state), {})
+    checkpoints.save(20, programs.snapshot(state), {"runs": []})
     checkpoints.close()
     metadata = (tmp_path / "20" / "state" / "_METADATA").read_text()
     assert set(re.findall(r'"value_type": "([\w.]+)"', metadata)) == {"np.ndarray"}  # nothing of the devices it is from

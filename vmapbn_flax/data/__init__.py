@@ -17,13 +17,14 @@ __all__ = ["Dataset", "Examples", "Split", "load_dataset"]
 def load_dataset(data: ConfigDict) -> Dataset:
     """Loads a data set from this machine; nothing is ever downloaded.
 
-    >>> from vmapbn_flax import default_config
-    >>> from vmapbn_flax.data import load_dataset
-    >>> data = default_config().data
-    >>> data.validation_size = 5_000
-    >>> mnist = load_dataset(data)
-    >>> len(mnist.train), len(mnist.validation), len(mnist.test), mnist.train.images.shape[1:]
-    (55000, 5000, 10000, (28, 28))
+    Examples:
+      >>> from vmapbn_flax import default_config
+      >>> from vmapbn_flax.data import load_dataset
+      >>> data = default_config().data
+      >>> data.validation_size = 5_000
+      >>> mnist = load_dataset(data)
+      >>> len(mnist.train), len(mnist.validation), len(mnist.test), mnist.train.images.shape[1:]
+      (55000, 5000, 10000, (28, 28))
 
     Args:
       data: the section `data` of a config.

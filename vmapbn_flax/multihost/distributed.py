@@ -17,7 +17,7 @@ LOST = (
     "from the newest checkpoint"
 )
 
-_ends = [(LOST, 1)]  # message and status of a process that is aborted; the last one counts
+_ends = [(LOST, 1)]  # message and status of an aborted process; the last entry counts
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -57,7 +57,7 @@ def leave(message: str, status: int) -> NoReturn:
 
 
 def when_aborted(message: str, status: int) -> None:
-    """Says how this process is to end where jax.distributed ends it: as it will have by itself in a moment."""
+    """Sets the message and the status with which this process ends, should jax.distributed abort it first."""
     _ends.append((message, status))
 
 

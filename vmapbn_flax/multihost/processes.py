@@ -26,7 +26,7 @@ from vmapbn_flax.multihost import distributed
 
 _FAILURE = "vmapbn_flax/failure"
 _LOOK_SECONDS = 1.0  # between two looks for a failure
-_NOTICE_SECONDS = 5.0  # that a failed process waits for the others to notice
+_NOTICE_SECONDS = 5.0  # that process 0 waits for the others to notice a failure
 _EXPLANATION_SECONDS = 1.0  # after a broken connection, in which a posted failure may explain it
 
 

@@ -88,7 +88,7 @@ class Checkpoints:
                     shutil.rmtree(path.rename(_partial(path)))  # whole or gone, whenever a kill arrives
 
     def close(self) -> None:
-        """Waits for the last save, and lets go of the directory."""
+        """Waits for the last save, and closes orbax's checkpointer."""
         try:
             self.wait()
         finally:

@@ -66,8 +66,8 @@ class Loop:
         programs.compile_ahead(self.step)
         self.state: TrainState = programs.place(restored[0]) if restored else programs.create()
         with processes.together(), contextlib.ExitStack() as opened:
-            if processes.first:  # not by orbax, in which the others would wait for one that fails
-                make_directory(directory)  # and before rows are dropped that belong to what may lie there
+            if processes.first:  # not left to orbax: if it failed there, the others would wait
+                make_directory(directory)  # and before `open` cuts off rows
             for record in self.active:
                 record.open(self.step)
                 opened.callback(record.close)
