@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
@@ -27,6 +26,7 @@ from vmapbn_flax.runs.loading import load_state
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.programs import Programs
+from vmapbn_flax.training.state import named_leaves
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
@@ -111,8 +111,8 @@ def _train(flags: Sequence[str], workdir: Workdir, *, stop: bool = False) -> str
 
 def _end(workdir: Workdir, programs: Programs) -> list[tuple[str, str, dict[str, bytes]]]:
     """The results of a run: of each, what it is, the unit of its parts, and its parts by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(load_state(workdir, None, programs))
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.tobytes() for path, leaf in leaves}
+    state = load_state(workdir, None, programs)
+    arrays = {name: leaf.tobytes() for name, leaf in named_leaves(state).items()}
     lines, summary = read_lines(workdir.metrics), read_json(workdir.summary)
     del summary["seconds"]
     rows = {f"row {number}": line for number, (line, _) in enumerate(lines, start=1)}

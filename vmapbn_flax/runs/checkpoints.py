@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.sums import require_whole, write_sums
+from vmapbn_flax.training.state import named_leaves
 
 State = TypeVar("State")
 Arrays = dict[str, Any]
@@ -69,7 +70,7 @@ class Checkpoints:
         if step not in saved:
             self._saving = self._directory / str(step)
             meta = {"step": step, **meta, "versions": versions()}
-            items = {"state": ocp.args.StandardSave(_named(state)), "meta": ocp.args.JsonSave(meta)}
+            items = {"state": ocp.args.StandardSave(_to_arrays(state)), "meta": ocp.args.JsonSave(meta)}
             with self._failures():
                 self._checkpointer.save(self._saving, args=ocp.args.Composite(**items))
         self._kept = {*sorted({*saved, step})[-2:], best_step}
@@ -219,20 +220,15 @@ def _unused(path: Path) -> Path:
     return next(candidate for candidate in taken if not candidate.exists())
 
 
-def _names(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _named(state: Any) -> Arrays:
+def _to_arrays(state: Any) -> Arrays:
     def as_saved(leaf: Any) -> Any:
         return leaf if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable else np.asarray(leaf)
 
-    return {name: as_saved(leaf) for name, leaf in _names(state)}
+    return {name: as_saved(leaf) for name, leaf in named_leaves(state).items()}
 
 
 def _from_arrays(arrays: Arrays, template: State, path: Path) -> State:
-    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in _names(template)}
+    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(template).items()}
     got = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     for name in dict.fromkeys([*expected, *got]):
         if expected.get(name) != got.get(name):
@@ -241,7 +237,7 @@ def _from_arrays(arrays: Arrays, template: State, path: Path) -> State:
                 f"{path}: {name}: got {describe['got']}, expected {describe['expected']}: a checkpoint of "
                 f"another model. Use the config it was made with, or another --workdir."
             )
-    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name, _ in _names(template)])
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])
 
 
 def _describe(spec: tuple | None) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,7 +23,7 @@ from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.timing import Timing
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.programs import Programs, figures
-from vmapbn_flax.training.state import TrainState
+from vmapbn_flax.training.state import TrainState, named_leaves
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
 
@@ -271,9 +270,10 @@ def import_pictures() -> ModuleType:
 
 def _require_moved(before: Any, after: Any) -> None:
     """Refuses running statistics that a step did not change: batch norm is not training then."""
-    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
-        if np.array_equal(old, new):
+    moved = named_leaves(after)
+    for name, old in named_leaves(before).items():
+        if np.array_equal(old, moved[name]):
             raise RunError(
-                f"batch_stats/{jax.tree_util.keystr(path, simple=True, separator='/')}: got the same values before "
-                f"and after the first step; expected running statistics to move. Is the layer's input constant?"
+                f"batch_stats/{name}: got the same values before and after the first step; expected running "
+                f"statistics to move. Is the layer's input constant?"
             )
