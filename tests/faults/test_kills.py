@@ -28,8 +28,8 @@ PHASES = {
     "data": "vmapbn_flax.runs.train:load_dataset",
     "restore": "vmapbn_flax.runs.loop:restore_latest",
     "log": "vmapbn_flax.runs.record:MetricWriter",
-    "config": "vmapbn_flax.files:write_json",
-    "compile": "vmapbn_flax.training.steps:take_batch",
+    "config": "vmapbn_flax.runs.workdir:write_json",
+    "compile": "vmapbn_flax.training.compiler:Compiler.start",
     "train": "vmapbn_flax.training.programs:Programs.advance",
     "evaluate": "vmapbn_flax.training.programs:Programs.measure",
     "row": "vmapbn_flax.files:AppendLog.append",
@@ -43,14 +43,14 @@ PHASES = {
 
 # The same of a sweep: a function, and which of its calls.
 SWEEP_PHASES = {
-    "ledger": ("vmapbn_flax.sweeps.ledger:write_json", 1),
-    "config": ("vmapbn_flax.sweeps.plan:write_json", 1),
-    "config of a member": ("vmapbn_flax.sweeps.plan:write_json", 3),
-    "a step in the ledger": ("vmapbn_flax.sweeps.ledger:write_json", 3),
+    "ledger": ("vmapbn_flax.sweeps.ledger:Ledger.write", 1),
+    "config": ("vmapbn_flax.runs.workdir:write_json", 2),
+    "config of a member": ("vmapbn_flax.runs.workdir:write_json", 4),
+    "a step in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.write", 3),
     "divergence in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
-    "checkpoint of a member": ("vmapbn_flax.sweeps.train:GroupRun._saving", 1),
+    "checkpoint of a member": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
     "end of a group in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
-    "between members of the second group": ("vmapbn_flax.runs.record:write_json", 2),
+    "between members of the second group": ("vmapbn_flax.runs.record:Record.finish", 2),
     "report": ("vmapbn_flax.sweeps.report:report", 1),
     "picture": ("vmapbn_flax.runs.pictures:write_whole", 1),
 }
