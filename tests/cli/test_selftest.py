@@ -24,7 +24,7 @@ def selftest(train):
     """The exit status of the command, with `train` for its processes, and a line of its table for each comparison."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(module, "_train", train)
-        # As this process divides its CPU: the fewer threads a device has, the other an evaluation's last bits.
+        # As many as here, where the result is evaluated again: with jax 0.10 bits depend on it.
         patch.setenv("JAX_NUM_CPU_DEVICES", str(jax.device_count()))
         status = main(["selftest", *FLAGS])
     lines = (re.split(r" {2,}", line.strip()) for line in out.getvalue().splitlines())

@@ -38,7 +38,7 @@ PHASES = {
     "retire": "vmapbn_flax.runs.checkpoints:shutil.rmtree",
     "hparams": "vmapbn_flax.runs.metric_writer:MetricWriter.write_hparams",
     "picture": "vmapbn_flax.runs.pictures:write_whole",
-    "summary": "vmapbn_flax.runs.console:table",
+    "summary": "vmapbn_flax.runs.train:table",
 }
 
 # The same of a sweep: a function, and which of its calls.

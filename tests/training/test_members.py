@@ -44,9 +44,9 @@ def test_each_member_is_its_run():
     programs = three()
     assert programs.count == 3
     state = trained(programs)
-    members, measured = programs.held(state), programs.measure(state)
-    assert list(members) == [0, 1, 2]
-    for number, member in members.items():
+    members, measured = programs.split(state), programs.measure(state)
+    assert len(members) == 3
+    for number, member in enumerate(members):
         run = alone(number)
         expected = trained(run)
         small.assert_close(member, expected)
@@ -59,7 +59,7 @@ def test_gradients_and_population_statistics_are_each_member_s():
     state = trained(programs)
     found = programs.split((programs.gradients(state, 5), programs.population_statistics(state)))
     for number, member in enumerate(found):
-        run, own = alone(number), programs.held(state)[number]
+        run, own = alone(number), programs.split(state)[number]
         small.assert_close(member, (run.gradients(own, 5), run.population_statistics(own)))
 
 
@@ -71,7 +71,7 @@ def test_a_group_of_one_is_a_run():
     assert programs.template() == run.template()
     state = trained(programs)
     small.assert_same_bits(programs.snapshot(state), trained(run))
-    small.assert_same_bits(programs.held(state), {0: trained(run)})
+    small.assert_same_bits(programs.split(state), [trained(run)])
     assert programs.measure(state) == [run.measure(trained(run))[0]]
 
 
@@ -86,7 +86,7 @@ def test_saved_form():
     assert {leaf.shape[0] for leaf in jax.tree.leaves(saved)} == {3}
     for again in (saved, jax.tree.map(lambda leaf: np.append(leaf, leaf[:2] + 1, axis=0), saved)):
         small.assert_same_bits(programs.place(again), state)
-    for number, member in programs.held(state).items():
+    for number, member in enumerate(programs.split(state)):
         small.assert_same_bits(member, small.member(number, saved))
 
 
@@ -94,7 +94,7 @@ def test_saved_form():
 def test_what_is_read_stays_when_training_goes_on(programs):
     programs = programs()
     state = trained(programs)
-    read = programs.snapshot(state), programs.held(state), programs.split(state.batch_stats)
+    read = programs.snapshot(state), programs.split(state), programs.split(state.batch_stats)
     assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(read))
     before = jax.tree.map(np.array, read)
     programs.advance(state, 5, 1)

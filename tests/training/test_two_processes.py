@@ -30,8 +30,6 @@ def work(process, port, count, output):
     state = programs.advance(state, 5, 1)  # uses the state up, and not what was read of it
     found = {
         "shapes": [leaf.shape for leaf in jax.tree.leaves(saved)],
-        "held_by_each": jax.tree.leaves(programs.held(saved)),
-        "numbers": list(programs.held(saved)),
         "split": jax.tree.leaves(programs.split(saved)),
         "measured": jax.tree.leaves(programs.measure(saved)),
         "rates": programs.learning_rates(4),
@@ -71,14 +69,6 @@ def test_all_processes_read_the_same(found):
         small.assert_same_bits(first[name], second[name])
     small.assert_same_bits(first["placed"], first["advanced"])
     assert len(first["rates"]) == count
-
-
-def test_each_member_is_held_once(found):
-    """By the process that has its first device; one run by the first, which has all of it, too."""
-    count, each = found
-    assert [process["numbers"] for process in each] == ([[0, 1], [2]] if count == 3 else [[0], []])
-    held = [leaf for process in each for leaf in process["held_by_each"]]
-    small.assert_same_bits(held, each[0]["split"])
 
 
 def test_numbers_are_those_of_one_process(found):

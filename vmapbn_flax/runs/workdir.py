@@ -19,45 +19,34 @@ class Workdir:
       path: of the directory, which may not exist yet.
       writes: whether this process writes the files. Of many processes only the first does; in the others `write` does
         nothing.
+      config: the whole config of a run or a sweep, JSON.
+      metrics: a run's training and evaluation rows, a JSON object a line.
+      summary: the figures of a finished run, JSON.
+      checkpoints: a run's checkpoints, one directory a step.
+      picture: accuracy and loss of a finished run, drawn.
+      profile: the directory of a trace of a few steps.
+      refresh: the figures before and after a refresh, JSON; marks a workdir of refreshed statistics.
+      ledger: the members and groups of a sweep, JSON; marks the workdir of a sweep.
+      sweep_picture: the validation accuracy of a sweep's members, drawn.
     """
 
     def __init__(self, path: Path, *, writes: bool = True):
         self.path, self.writes = path, writes
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.picture = path / "accuracy.png"
+        self.profile = path / "profile"
+        self.refresh = path / "refresh.json"
+        self.ledger = path / "sweep.json"
+        self.sweep_picture = path / "sweep.png"
+        self._lock_file = path / ".lock"
 
     def __str__(self) -> str:
         return str(self.path)
 
-    # Files of a run.
-
-    @property
-    def config(self) -> Path:
-        """The whole config of a run or a sweep, as JSON."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The training and evaluation rows, a JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """The figures of a finished run, as JSON."""
-        return self.path / "summary.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The directory of checkpoints, one directory a step."""
-        return self.path / "checkpoints"
-
-    @property
-    def picture(self) -> Path:
-        """Accuracy and loss of a finished run, drawn."""
-        return self.path / "accuracy.png"
-
-    @property
-    def profile(self) -> Path:
-        """The directory of a trace of a few steps."""
-        return self.path / "profile"
+    # Workdirs beside it.
 
     @property
     def refreshed(self) -> "Workdir":
@@ -65,21 +54,9 @@ class Workdir:
         return Workdir(self.path / "refreshed", writes=self.writes)
 
     @property
-    def refresh(self) -> Path:
-        """The figures before and after a refresh, as JSON; marks a workdir of refreshed statistics."""
-        return self.path / "refresh.json"
-
-    # Files of a sweep.
-
-    @property
-    def ledger(self) -> Path:
-        """The members and groups of a sweep, as JSON."""
-        return self.path / "sweep.json"
-
-    @property
-    def sweep_picture(self) -> Path:
-        """The validation accuracy of a sweep's members, drawn."""
-        return self.path / "sweep.png"
+    def sweep(self) -> "Workdir":
+        """The workdir of the sweep, if this one is a member's."""
+        return Workdir(self.path.absolute().parent, writes=self.writes)
 
     def member(self, name: str) -> "Workdir":
         """The workdir of a sweep's member."""
@@ -88,11 +65,6 @@ class Workdir:
     def group_checkpoints(self, number: int) -> Path:
         """The directory of checkpoints of a group, whose members train together."""
         return self.path / "groups" / str(number) / "checkpoints"
-
-    @property
-    def sweep(self) -> "Workdir":
-        """The workdir of the sweep, if this one is a member's."""
-        return Workdir(self.path.absolute().parent, writes=self.writes)
 
     # Its kind.
 
@@ -143,10 +115,6 @@ class Workdir:
     def holder(self) -> str:
         """The process that has the lock, or had it last, in words."""
         return self._lock_file.read_text(errors="replace") if self._lock_file.exists() else ""
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.path / ".lock"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

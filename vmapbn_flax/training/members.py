@@ -55,9 +55,6 @@ class OneRun:
     def split(self, tree: PyTree) -> list[PyTree]:
         return [tree]
 
-    def held(self, tree: PyTree) -> dict[int, PyTree]:
-        return {0: jax.tree.map(np.array, jax.device_get(tree))} if jax.process_index() == 0 else {}
-
 
 class Stacked:
     """The members of a group.
@@ -110,26 +107,6 @@ class Stacked:
     def split(self, tree: PyTree) -> list[PyTree]:
         """The tree of each member, from a stacked tree on the host."""
         return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self.count)]  # noqa: B023
-
-    def held(self, tree: PyTree) -> dict[int, PyTree]:
-        """The trees of the members whose first device belongs to this process, by number, from the devices."""
-        mine = [number for number in range(self.count) if self._process(number) == jax.process_index()]
-        leaves, structure = jax.tree.flatten(tree)
-        rows_of_members = zip(*(_addressable_rows(leaf, mine) for leaf in leaves), strict=True)
-        return {number: jax.tree.unflatten(structure, rows) for number, rows in zip(mine, rows_of_members, strict=True)}
-
-    def _process(self, number: int) -> int:
-        """The lowest index of a process that has this member on its devices."""
-        if self._devices is None:
-            return jax.process_index()
-        return min(device.process_index for device in self._devices.devices[number // self._rows_each])
-
-
-def _addressable_rows(leaf: jax.Array, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Copies of the rows `numbers`, which lie on devices of this process."""
-    blocks = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}  # one of equal shards
-    rows = {first + i: row for first, block in blocks.items() for i, row in enumerate(np.asarray(block))}
-    return [np.array(rows[number]) for number in numbers]
 
 
 def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:

@@ -160,13 +160,6 @@ class Programs:
             return self._members.unpad(mesh.fetch(state))
         return self.compiler.call(self._copy, state)
 
-    def held(self, state: TrainState) -> dict[int, TrainState]:
-        """Copies on the host of the members whose first device belongs to this process, by number.
-
-        A single run is held by process 0. Only devices of this process are read, and nothing is sent.
-        """
-        return self._members.held(state)
-
     def split(self, tree: PyTree) -> list[PyTree]:
         """The tree of each member, on the host of every process, from a small part of a state on the devices."""
         return self._members.split(mesh.fetch(tree))
