@@ -280,7 +280,7 @@ WORKDIRS = {
     "config.json: nested deep": (replace("config.json", "[" * 10**5), "config.json: got damaged JSON"),
     "config.json: directory": (replace("config.json", None), "config.json: got Is a directory; expected"),
     "config.json: unknown field": (edit_config(sede=1), r"differs .*config\.sede: 1 -> None"),
-    "config.json: dotted field": (edit_config(**{"a.b": 1}), "got a damaged config"),
+    "config.json: dotted field": (edit_config(**{"a.b": 1}), "got a damaged config in the workdir"),
     "config.json: section of another type": (edit_config(train=3), r"differs .*config\.train: 3 -> None"),
     "config.json: epochs of another type": (
         edit_config(train={"num_epochs": "5"}),

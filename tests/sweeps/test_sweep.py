@@ -313,7 +313,7 @@ def test_batches_are_those_of_each_seed():
     dataset = small.dataset(20)
     programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, 3))
     state = programs.advance(programs.create(), 0, 1)
-    for config, member in zip(configs, programs.held(state).values(), strict=True):
+    for config, member in zip(configs, programs.split(state), strict=True):
         alone = Programs([config], dataset)
         small.assert_close(member, alone.advance(alone.create(), 0, 1))
 
