@@ -194,7 +194,10 @@ def _read(path: Path) -> tuple[Arrays, Meta]:
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
             items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
             saved = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
-        meta, count = saved["meta"], len(saved["meta"]["runs"])
+        meta = saved["meta"]
+        if "runs" not in meta:
+            raise ValueError("it was saved by an earlier version of this program")
+        count = len(meta["runs"])
         if str(meta["step"]) != path.name:
             raise ValueError(f"it was saved as step {meta['step']}")
     # Damage raises a different exception in each layer below, `Exception` itself included.
