@@ -274,7 +274,7 @@ def swept(**changes):
     state = programs.create()
     for step in range(0, STEPS - 2, small.STEPS_PER_EPOCH):
         state = programs.advance(state, step, small.STEPS_PER_EPOCH)
-    return devices.shape, list(zip(programs.held(state).values(), programs.measure(state), strict=True))
+    return devices.shape, list(zip(programs.split(state), programs.measure(state), strict=True))
 
 
 @pytest.mark.parametrize(("member", "data", "limit"), [(2, 2, 2**30), (3, 2, 0)])
