@@ -17,7 +17,6 @@ import pytest
 from tests.helpers.program import ROOT, environment
 from tests.helpers.runs import leftovers, outcome
 from vmapbn_flax.runs.checkpoints import saved_steps
-from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.ledger import Ledger
 
 SEED = 20250711

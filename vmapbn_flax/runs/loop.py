@@ -59,7 +59,7 @@ class Loop:
         self._processes = processes
         self.timing = Timing(programs.compiler, started)
         self._eval_steps = max(1, steps_in(train.eval_every, programs.steps_per_epoch))
-        self._pending: list[Callable[[], None]] = []  # rows to write and checks to make when the processes next agree
+        self._pending: list[Callable[[], None]] = []  # rows and checks for the next agreement
         restored = self._restore()
         self.step = self.first_step = restored[1]["step"] if restored else 0
         programs.compile_ahead(self.step)
@@ -136,13 +136,12 @@ class Loop:
           Interrupted: a signal arrived in one of the processes; the state is saved.
         """
         self.timing.started_up()
-        most_steps = 1  # first a single step: the check of the running statistics follows it
         profile = self._train.profile  # of the second chunk: compiling is over then
+        signum, most_steps = self._agree(received, 1)  # a single step, after which the running statistics are checked
         while True:
-            due = self._evaluation_due()
-            results = self._evaluate() if due else []
-            signum, most_steps = self._agree(received, most_steps)
-            if due:
+            if due := self._evaluation_due():
+                results = self._evaluate()
+                signum, most_steps = self._agree(received, most_steps)
                 progress.evaluated(self.step, results)
             if due or signum:
                 self.save()
@@ -156,15 +155,16 @@ class Loop:
             directory = self._records[0].workdir.profile
             with self.timing.profile(directory) if traced else contextlib.nullcontext():
                 seconds = self._advance(count)
-            if diverged := self._find_diverged():
-                self._agree(received, most_steps)
+            most_steps = max(1, min(8 * count, int(_WAKE_UP_SECONDS * count / seconds)))
+            diverged = self._find_diverged()
+            signum, most_steps = self._agree(received, most_steps)
+            if diverged:
                 on_divergence(diverged)
             if self.step - count == self.first_step and not profile:
                 self._programs.compile_measure_ahead()
                 if self._processes.first:
                     threading.Thread(target=import_pictures).start()
             profile = profile and not traced
-            most_steps = max(1, min(8 * count, int(_WAKE_UP_SECONDS * count / seconds)))
             progress.advance(count)
 
     def _agree(self, received: Sequence[int], most_steps: int) -> tuple[int, int]:
