@@ -17,6 +17,7 @@ import pytest
 from tests.helpers.program import ROOT, environment
 from tests.helpers.runs import leftovers, outcome
 from vmapbn_flax.runs.checkpoints import saved_steps
+from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.ledger import Ledger
 
 SEED = 20250711
@@ -119,7 +120,7 @@ def phase(run):
 
 
 def is_trained(workdir):
-    ledger = Ledger(workdir)
+    ledger = Ledger(Workdir(workdir))
     if ledger.members:
         return all(ledger.is_over(name) for name in ledger.members)
     return TOTAL in saved_steps(workdir / "checkpoints")
