@@ -16,6 +16,8 @@ from vmapbn_flax.runs.workdir import Workdir
 # Distinct in grey print too: each run has a dash pattern and a marker of its own.
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "P")]
 
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")  # of a tick, with the digits it needs
+
 _ACCURACIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999)
 
 
@@ -60,7 +62,7 @@ def scale_accuracy(axes: Any) -> None:
         axes.set_yscale("logit")
         axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda accuracy, _: f"{100 * accuracy:g} %"))
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def write_picture(figure: Any, output: Path) -> None:

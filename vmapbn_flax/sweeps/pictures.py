@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from vmapbn_flax.runs.pictures import STYLES, scale_accuracy, write_picture
+from vmapbn_flax.runs.pictures import PERCENT, STYLES, scale_accuracy, write_picture
 from vmapbn_flax.sweeps.results import SELECTION, Setting
 
 _LABELLED = 8  # settings that a legend has room for
@@ -69,7 +69,7 @@ def _draw_values(axes: Any, name: str, settings: Sequence[Setting], colours: Any
     elif values[0] > 0 and values[-1] / values[0] >= 10:
         axes.set_xscale("log")
     axes.set(xlabel=name.rpartition(".")[2].replace("_", " "), ylabel="validation accuracy")
-    axes.yaxis.set_major_formatter("{x:.1%}")
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def _curve(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
