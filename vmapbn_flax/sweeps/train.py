@@ -92,8 +92,9 @@ class _Sweep:
         step = 0
         with SweepProgress(self._ledger, shown=self._processes.first) as progress:
             for number, names in enumerate(self._ledger.groups):
-                checkpoints = self._workdir.group_checkpoints(number)
-                if all(map(self._ledger.is_over, names)) and not checkpoints.exists():
+                # Where members are over but this is still there, they do not all have checkpoints of their own.
+                if all(map(self._ledger.is_over, names)) and not self._workdir.group_checkpoints(number).exists():
+                    self._remove_group(number)
                     continue
                 with self._processes.together() as agreement:
                     agreement.say(received=list(self._received))
@@ -110,8 +111,16 @@ class _Sweep:
                     if self._options.on_failure == "stop":
                         return
                     continue
-                if self._processes.first:  # by now each member has a checkpoint of its own
-                    shutil.rmtree(checkpoints.parent, ignore_errors=True)
+                self._remove_group(number)
+
+    def _remove_group(self, number: int) -> None:
+        """Removes the group's checkpoints, or what a kill left of that: whole or gone, whenever one arrives."""
+        if self._processes.first:
+            group = self._workdir.group_checkpoints(number).parent
+            removed = group.with_name(f"{group.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)
+            if group.exists():
+                shutil.rmtree(group.rename(removed), ignore_errors=True)
 
     def _train_group(self, number: int, names: Sequence[str], progress: SweepProgress) -> int:
         started, configs = time.monotonic(), [self._members[name].config for name in names]
