@@ -1,6 +1,8 @@
 """What can be different or go wrong in one of several processes; each is called in it before the command runs."""
 
 import dataclasses
+import os
+import time
 
 from tests.helpers import small
 from vmapbn_flax.data import Split
@@ -12,6 +14,10 @@ from vmapbn_flax.training.programs import Programs
 DAMAGED = "data: got a damaged record, expected a whole one"
 
 
+def _note_the_moment():
+    os.write(2, f"failing at {time.monotonic()}\n".encode())
+
+
 def damaged_record():
     """An example that is read in the midst of the run cannot be, by this process's thread."""
     read, calls = Split.read, 0
@@ -20,6 +26,7 @@ def damaged_record():
         nonlocal calls
         calls += 1
         if calls == 20:
+            _note_the_moment()
             raise UsageError(DAMAGED)
         return read(self, rows)
 
@@ -34,6 +41,7 @@ def bug():
         nonlocal calls
         calls += 1
         if calls == 10:
+            _note_the_moment()
             raise ZeroDivisionError("a bug")
         return advance(self, state, step, count)
 
@@ -48,6 +56,7 @@ def full_disk():
         nonlocal calls
         calls += 1
         if calls > 20:
+            _note_the_moment()
             raise RunError("metrics.jsonl: got No space left on device")
         append(self, row)
 
@@ -62,6 +71,7 @@ def failing_save():
         nonlocal calls
         calls += 1
         if calls == 3:
+            _note_the_moment()
             raise OSError(28, "No space left on device")
         write_sums(path)
 
