@@ -84,10 +84,10 @@ def _serve() -> None:
         importlib.import_module(name)
     from tests.helpers import small
     from vmapbn_flax.cli.main import main
-    from vmapbn_flax.runs import train as loop
+    from vmapbn_flax.runs import train
     from vmapbn_flax.sweeps import plan
 
-    loop.load_dataset = plan.load_dataset = small.load
+    train.load_dataset = plan.load_dataset = small.load
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
