@@ -25,6 +25,12 @@ def unwritable(path: object, error: OSError) -> RunError:
     )
 
 
+def described(error: OSError) -> str:
+    """The line of an `error` of the operating system that nothing else has put in words."""
+    where = error.filename or "the operating system"
+    return f"{where}: got {error.strerror or error}; expected to read or write there"
+
+
 class Interrupted(Exception):
     """A signal stopped training, and the state is saved.
 

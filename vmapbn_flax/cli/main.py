@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from vmapbn_flax import signals
 from vmapbn_flax.cli import environment
 from vmapbn_flax.cli.parser import make_parser
-from vmapbn_flax.errors import Interrupted, UsageError, UserError
+from vmapbn_flax.errors import Interrupted, UsageError, UserError, described
 
 
 def console_script() -> int:
@@ -43,8 +43,7 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
             )
         raise
     except OSError as error:
-        where = error.filename or "the operating system"
-        return _report(f"{where}: got {error.strerror or error}; expected to read or write there", 1)
+        return _report(described(error), 1)
 
 
 def _run(argv: Sequence[str], started: float) -> int:

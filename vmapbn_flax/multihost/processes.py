@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from vmapbn_flax.errors import Interrupted, RunError, UsageError, UserError
+from vmapbn_flax.errors import Interrupted, RunError, UsageError, UserError, described
 from vmapbn_flax.multihost import distributed
 
 _FAILURE = "vmapbn_flax/failure"
@@ -154,7 +154,7 @@ class Processes:
 
         If `error` is a broken connection, the failure of the process behind it takes its place, once it is posted.
         """
-        status, message = _described(error)
+        status, message = _status_and_line(error)
         if status is None:  # a connection broke
             end = time.monotonic() + _EXPLANATION_SECONDS
             while (failure := self._posted()) is None and time.monotonic() < end:
@@ -210,7 +210,7 @@ def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[Pr
     processes.part()
 
 
-def _described(error: BaseException) -> tuple[int | None, str]:
+def _status_and_line(error: BaseException) -> tuple[int | None, str]:
     """The exit status and the message of `error`; the status is None if a connection to another process broke."""
     if isinstance(error, KeyboardInterrupt):
         signum = (error.args or (signal.SIGINT,))[0]
@@ -218,8 +218,7 @@ def _described(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, UserError):
         return error.exit_status, str(error)
     if isinstance(error, OSError):
-        where = error.filename or "the operating system"
-        return 1, f"{where}: got {error.strerror or error}; expected to read or write there"
+        return 1, described(error)
     # What XLA raises for a broken connection depends on the device.
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
         return None, f"{distributed.LOST} ({distributed.first_line(error)})"

@@ -42,7 +42,7 @@ def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[
     divide_cpu(config.mesh, sweep=False, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         config, workdir = without_distributed(config), Workdir(path, writes=processes.first)
-        processes.require_same(described(config))
+        processes.require_same(facts(config))
         if workdir.is_refreshed:
             raise RunError(f"{workdir}: got refreshed statistics, expected a run; train in {path.parent} instead")
         dataset = load_dataset(config.data)
@@ -54,7 +54,7 @@ def train(config: ConfigDict, path: Path, started: float | None = None) -> dict[
             return _train(config, workdir, dataset, programs, processes, started)
 
 
-def described(config: ConfigDict) -> dict[str, Any]:
+def facts(config: ConfigDict) -> dict[str, Any]:
     """What must be the same in every process before it loads data: the config and the packages."""
     fields = {f"config.{name}": value for name, value in flat(config).items()}
     return fields | {"packages": versions()}

@@ -17,7 +17,7 @@ from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
-from vmapbn_flax.runs.train import described, held
+from vmapbn_flax.runs.train import facts, held
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
@@ -45,7 +45,7 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
     mesh.divide_cpu(config.mesh, sweep=True)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
-        processes.require_same(described(without_distributed(config)))
+        processes.require_same(facts(without_distributed(config)))
         for member in members.values():
             validate_sizes(member.config, len(datasets.load(member.config).train))
         with held(workdir, processes):
