@@ -6,8 +6,9 @@ import pytest
 
 from configs import default, saved, tiny, vmap_bn
 from vmapbn_flax import default_config
-from vmapbn_flax.config import FIELDS, flat, restore_config, resume_changes, validate, validate_sizes
+from vmapbn_flax.config import FIELDS, NETWORK_FIELDS, flat, restore_config, resume_changes, validate, validate_sizes
 from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.networks import BUILT_IN
 
 NAN, INF = float("nan"), float("inf")
 
@@ -48,7 +49,10 @@ INVALID = [
     ("data.validation_size", -1),
     ("data.memory_limit", 0.0),
     ("data.memory_limit", INF),
+    ("model.name", "cnn"),
+    ("model.name", ""),
     ("model.norm", "layer"),
+    ("model.dtype", "float16"),
     ("model.hidden", ()),
     ("model.hidden", (100, 0)),
     ("model.hidden", (100, 1.5)),
@@ -117,11 +121,13 @@ def test_invalid_value_is_named(name, value):
 
 def test_every_number_and_choice_has_an_invalid_value():
     free = {"data.dir", "train.profile"}
-    assert {name for name, _ in INVALID} | free == set(FIELDS)
+    assert {name for name, _ in INVALID} | free == set(FIELDS).union(*NETWORK_FIELDS.values())
 
 
 def test_the_table_has_every_field_of_the_defaults_and_no_other():
-    assert set(FIELDS) == set(flat(default_config()))
+    assert set(NETWORK_FIELDS) == set(BUILT_IN)
+    for name, fields in NETWORK_FIELDS.items():
+        assert set(FIELDS | fields) == set(flat(default_config(name)))
 
 
 @pytest.mark.parametrize("name", FIELDS)

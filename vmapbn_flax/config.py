@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from vmapbn_flax import networks
 from vmapbn_flax.errors import RunError, UsageError
 
 _NORMS = ("vmap", "batched", "none")
@@ -61,6 +62,8 @@ def _are_widths(widths: tuple, config: ConfigDict) -> bool:
     return len(widths) > 0 and all(isinstance(width, int) and 1 <= width <= _WIDEST for width in widths)
 
 
+_WIDTHS = f"at least one width, each an integer from 1 to {_WIDEST}, such as (100, 100)"
+
 # By dotted name, in the order of the checks.
 FIELDS = {
     "train.num_epochs": _positive("a positive number; it may be a fraction", traced=np.int32),
@@ -69,8 +72,9 @@ FIELDS = {
     "data.dir": Field("a directory, or '' for the usual one", resumable=True),
     "data.validation_size": _at_least(0, "a number of examples, 0 for none"),
     "data.memory_limit": _positive("a positive number of gigabytes", resumable=True),
+    "model.name": Field("mlp, or package.module:Class"),  # `networks.check_network` looks closer
     "model.norm": _one_of(*_NORMS),
-    "model.hidden": Field(f"at least one width, each an integer from 1 to {_WIDEST}, such as (100, 100)", _are_widths),
+    "model.dtype": _one_of("float32", "bfloat16"),
     "model.batch_norm_momentum": _below_one("a decay in [0, 1)"),
     "model.batch_norm_epsilon": _positive("a positive number, such as 1e-5", traced=np.float32),
     "model.ghost_batch_size": Field(
@@ -126,6 +130,11 @@ FIELDS = {
     "sweep_options.on_failure": _one_of("continue", "stop", resumable=True),
 }
 
+# The attributes of the networks of this package, by the network's name.
+NETWORK_FIELDS = {
+    "mlp": {"model.hidden": Field(_WIDTHS, _are_widths)},
+}
+
 
 def is_sweep(config: ConfigDict) -> bool:
     """Whether `config` has values to sweep."""
@@ -149,7 +158,8 @@ def validate(config: ConfigDict) -> None:
             f"config.{missing[0]}: got a config without this field, expected every field of "
             f"vmapbn_flax.default_config(). Start from that and change what differs."
         )
-    for name, field in FIELDS.items():
+    networks.check_network(config.model)
+    for name, field in (FIELDS | NETWORK_FIELDS.get(config.model.name, {})).items():
         if not _is_valid(field, values[name], config):
             expected = field.expected.format_map(config)
             raise UsageError(
@@ -240,14 +250,18 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
     """`config` with the values in `saved`, JSON that was read from the file `source`.
 
+    The name of a network that is not of this package is marked as `networks.untrusted`.
+
     Raises:
       RunError: `saved` has a field that `config` lacks, or a value of another type.
     """
     try:
         config.lock()  # an unknown field raises
-        saved = dict(saved)
+        saved = _tuples(dict(saved))
         with config.sweep.unlocked():  # its fields are those that a sweep names
-            config.sweep.update(_tuples(saved.pop("sweep", {})))
+            config.sweep.update(saved.pop("sweep", {}))
+        if "name" in (model := saved.get("model", {})):
+            networks.restore_network(config, model)
         config.update(saved)
         if None in flat(config).values():
             raise ValueError("a field is null")

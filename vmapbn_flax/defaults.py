@@ -2,11 +2,20 @@
 
 from ml_collections import ConfigDict
 
+from vmapbn_flax.networks import choose_network
 
-def default_config() -> ConfigDict:
+
+def default_config(network: str = "mlp") -> ConfigDict:
     """The config that every other one starts from.
 
     A misspelt field raises an AttributeError: the config is locked, except for `sweep`.
+
+    Args:
+      network: the value of `model.name`. The attributes of that network are fields of `config.model`, with its
+        defaults; an attribute without a default is None.
+
+    Raises:
+      UsageError: there is no such network.
 
     Examples:
       >>> from vmapbn_flax import default_config
@@ -24,11 +33,12 @@ def default_config() -> ConfigDict:
     data.memory_limit = 2.0  # gigabytes; a set that is larger as arrays is streamed from its files
 
     config.model = model = ConfigDict()
+    model.name = ""  # "mlp", or "package.module:Class", a Flax module of your own; its attributes are fields here
     model.norm = "vmap"  # "vmap": one-example network; "batched": the textbook's; "none": no batch norm
-    model.hidden = (100, 100, 100)  # widths of the hidden layers
     model.batch_norm_momentum = 0.99  # decay of the running statistics per step, in [0, 1)
     model.batch_norm_epsilon = 1e-5  # added to the variance
     model.ghost_batch_size = 0  # examples normalised together in training; 0: the whole batch
+    model.dtype = "float32"  # of the computation, or "bfloat16"; parameters and statistics are float32
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # "adam", "adamw" (decoupled weight decay) or "sgd"
@@ -71,6 +81,7 @@ def default_config() -> ConfigDict:
     sweep_options.chunk = 0  # members that train together at most; 0: as many as memory holds
     sweep_options.on_failure = "continue"  # with the other groups of members, or "stop"
 
+    choose_network(config, network)
     config.lock()
     config.sweep.unlock()
     return config

@@ -15,7 +15,8 @@ from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.state import create_state
 from vmapbn_flax.training.steps import Batch, make_train_step
 
-CLASSES, FEATURES, BATCH = 4, 12, 16
+CLASSES, IMAGE, BATCH = 4, (3, 4), 16
+FEATURES = 12
 STEPS_PER_EPOCH = 6
 
 
@@ -30,7 +31,7 @@ def config(**changes):
 def split(size, seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, size).astype(np.int32)
-    images = rng.integers(0, 256, (size, 3, 4)).astype(np.uint8)
+    images = rng.integers(0, 256, (size, *IMAGE)).astype(np.uint8)
     images[np.arange(size), 0, labels] |= 128  # so that there is something to learn
     return Split(images, labels)
 
@@ -93,7 +94,7 @@ def members():
     # in front of a norm.
     shared = config(optimizer__name="sgd")
     hypers = [hyper(shared, optimizer__learning_rate=rate, seed=seed) for seed, rate in ((0, 0.1), (1, 0.1), (0, 1.0))]
-    create = functools.partial(create_state, shared.model, shared.optimizer, CLASSES, FEATURES)
+    create = functools.partial(create_state, shared.model, shared.optimizer, CLASSES, IMAGE)
     start = jax.jit(jax.vmap(create))(stack(hypers))
     step = jax.jit(jax.vmap(step_of(shared), in_axes=(0, 0, None)))
     return shared, hypers, start, step
@@ -109,7 +110,7 @@ def member(i, tree):
 
 def batch(size=BATCH, seed=0, mask=None):
     examples = split(size, seed)
-    images, labels = jnp.array(examples.images.reshape(size, -1)), jnp.array(examples.labels)
+    images, labels = jnp.array(examples.images), jnp.array(examples.labels)
     return Batch(images, labels, None if mask is None else jnp.array(mask))
 
 
@@ -117,7 +118,7 @@ def pad(batch, size):
     """`batch` with examples of nonsense, masked, up to `size`."""
     missing = size - len(batch.labels)
     mask = jnp.arange(size) < len(batch.labels)
-    images = jnp.concatenate([batch.images, jnp.full((missing, FEATURES), 255, jnp.uint8)])
+    images = jnp.concatenate([batch.images, jnp.full((missing, *IMAGE), 255, jnp.uint8)])
     return Batch(images, jnp.concatenate([batch.labels, jnp.full(missing, 3, jnp.int32)]), mask)
 
 

@@ -131,7 +131,7 @@ def test_streamed_data_set(devices, changes):
     assert_equal(train_on(programs, programs.place(first_state()), 0), trained(1, **changes), 1e-5)
     images, labels, _, _ = programs._position(0)
     padded = programs.layout.padded(config.train.batch_size, config.model.ghost_batch_size or 1)
-    assert {shard.data.shape for shard in images.addressable_shards} == {(2, padded // devices, small.FEATURES)}
+    assert {shard.data.shape for shard in images.addressable_shards} == {(2, padded // devices, *small.IMAGE)}
     assert {shard.data.shape for shard in labels.addressable_shards} == {(2, padded // devices)}
     counts = [] if padded == config.train.batch_size else COUNTS
     norms = [] if changes is GHOSTS else norm_collectives()

@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_step_s_batch():
     state, step = programs.create(), 9
     logits, grads = programs.gradients(state, step)
     rows = epoch_permutation(0, 1, len(train))[3 * small.BATCH : 4 * small.BATCH]
-    batch = Batch(jnp.array(train.images[rows].reshape(small.BATCH, -1)), jnp.array(train.labels[rows]))
+    batch = Batch(jnp.array(train.images[rows]), jnp.array(train.labels[rows]))
     expected, (expected_logits, _, _) = jax.jit(jax.grad(make_loss(small.config().model, small.CLASSES), has_aux=True))(
         state.params, state.batch_stats, programs.hyper, batch
     )

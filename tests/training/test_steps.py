@@ -32,7 +32,7 @@ def without_norm(state):
 def step_in_float64(params, hyper, batch, normed):
     """Loss, correct answers, and what SGD and momentum make of parameters and statistics, in numpy alone."""
     params = jax.tree.map(partial(np.asarray, dtype=np.float64), params)
-    x, labels = np.asarray(batch.images, np.float64) / 255, np.asarray(batch.labels)
+    x, labels = np.asarray(batch.images, np.float64).reshape(len(batch.labels), -1) / 255, np.asarray(batch.labels)
     hidden = sum(name.startswith("dense") for name in params)
     inputs, pre, norms, stats = [], [], {}, {}
     for i in range(hidden):
@@ -136,7 +136,7 @@ def test_ghost_batches_are_groups_of_their_own(norm):
     """The mean of the groups' losses, gradients and statistics, padded with whole groups or not."""
     ghost, plain = small.config(model__norm=norm, model__ghost_batch_size=4), small.config(model__norm=norm)
     hyper, state, batch = small.hyper(ghost, train__label_smoothing=0.1), small.start(), small.batch()
-    groups = Batch(batch.images.reshape(4, 4, -1), batch.labels.reshape(4, 4))
+    groups = Batch(batch.images.reshape(4, 4, *small.IMAGE), batch.labels.reshape(4, 4))
     each = jax.jit(jax.vmap(gradient(plain), in_axes=(None, None, 0)))(state, hyper, groups)
     expected = jax.tree.map(lambda leaf: leaf.mean(0), each)
     measure = jax.jit(gradient(ghost))
@@ -274,7 +274,7 @@ def test_no_steps_change_nothing():
 def test_batches_are_those_of_the_epoch_s_permutation():
     sgd = {"optimizer__name": "sgd"}  # for Adam two programs of one step are not the same, as `small.members` says
     programs, train = small.programs(**sgd), small.dataset().train
-    images, state = train.images.reshape(len(train), -1), programs.create()
+    images, state = train.images, programs.create()
     for epoch in range(2):
         order = epoch_permutation(0, epoch, len(train))
         for i in range(small.STEPS_PER_EPOCH):
@@ -311,7 +311,7 @@ def four_pixels():
     }
     rng = np.random.default_rng(0)
     answers, labels = rng.integers(0, 4, (2, 2500)).astype(np.int32)
-    return params, 255 * np.eye(4, dtype=np.uint8)[answers], labels, answers
+    return params, 255 * np.eye(4, dtype=np.uint8)[answers].reshape(-1, 2, 2), labels, answers
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -132,7 +132,7 @@ def test_windows_are_the_epoch_s_batches_in_order(monkeypatch):
     for number, (images, labels) in enumerate(witness.windows[:4]):
         epoch, part = divmod(number, 2)
         rows = epoch_permutation(0, epoch, len(train))[: 6 * size][part * 3 * size : (part + 1) * 3 * size]
-        np.testing.assert_array_equal(images, train.images[rows].reshape(3 * size, -1))
+        np.testing.assert_array_equal(images, train.images[rows])
         np.testing.assert_array_equal(labels, train.labels[rows])
 
 
@@ -143,7 +143,7 @@ def test_the_end_of_an_epoch_s_last_window_is_blank(monkeypatch):
     programs.advance(programs.create(), 0, 7)
     programs.close()
     (first, _), (last, labels) = witness.windows[:2]
-    assert first.shape == last.shape == (4 * small.BATCH, small.FEATURES)
+    assert first.shape == last.shape == (4 * small.BATCH, *small.IMAGE)
     assert last[: 3 * small.BATCH].any(axis=1).all()
     assert not last[3 * small.BATCH :].any()
     assert not labels[3 * small.BATCH :].any()

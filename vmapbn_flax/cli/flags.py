@@ -8,6 +8,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vmapbn_flax.errors import UsageError, UserError
+from vmapbn_flax.networks import choose_network, untrusted
+
+_PROGRAM = "train.py"  # absl skips the first argument
 
 
 def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
@@ -21,14 +24,9 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     """
     if str(Path.cwd()) not in sys.path:  # a config file may import another
         sys.path.append(str(Path.cwd()))
-    argv = ["train.py", *arguments]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        stray = values(argv)[1:]
-        config = values["config"].value
-        source = config_flags.get_config_filename(values["config"])
-        getattr(config, "lock", None)  # raises if the file could not be read
+        config, source, rest = _read_file(arguments)
+        stray = _override(config, rest)
     except UserError:
         raise
     # Whatever the config file's own code raises arrives here as well.
@@ -36,14 +34,45 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
         raise UsageError(_explain(error)) from error
     if stray:
         raise UsageError(f"got the stray argument {stray[0]!r}, expected only flags, such as --config.seed=1")
+    path, _, workdir = source.partition(":")
+    return config, Path(workdir) if workdir else Path("runs") / Path(path).stem
+
+
+def _read_file(arguments: Sequence[str]) -> tuple[ConfigDict, str, list[str]]:
+    """The config of the file that `--config` names, that name, and the other arguments."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[_PROGRAM])
+    rest = values([_PROGRAM, *arguments], known_only=True)[1:]
+    config = values["config"].value
+    source = config_flags.get_config_filename(values["config"])
+    getattr(config, "lock", None)  # raises if the file could not be read
     if not isinstance(config, ConfigDict):
         raise UsageError(
             f"{source}: got a {type(config).__name__} from its get_config(), expected a ConfigDict. "
             f"Return one made from vmapbn_flax.default_config()."
         )
+    return config, source, rest
+
+
+def _override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
+    """Changes the fields that `arguments` name, and returns the arguments that name none.
+
+    The name of a network comes first: the attributes of the network are fields, too.
+    """
+    names = flags.FlagValues()
+    names.set_gnu_getopt()
+    flags.DEFINE_string("config.model.name", None, "the network", flag_values=names)
+    rest = names([_PROGRAM, *arguments], known_only=True)
+    if (name := names["config.model.name"].value) is not None and name != config.model.name:
+        if config.model.name == untrusted(name):
+            config.model.name = name
+        else:
+            choose_network(config, name)
     config.lock()
-    path, _, workdir = source.partition(":")
-    return config, Path(workdir) if workdir else Path("runs") / Path(path).stem
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+    return values(rest)[1:]
 
 
 def _explain(error: Exception) -> str:

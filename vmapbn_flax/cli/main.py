@@ -38,7 +38,7 @@ def main(argv: Sequence[str], started: float | None = None) -> int:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             return _report(
                 f"out of memory ({error}): the network and its batches do not fit. "
-                f"Lower model.hidden, train.batch_size or train.eval_batch_size.",
+                f"Lower the sizes in config.model, train.batch_size or train.eval_batch_size.",
                 1,
             )
         raise

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.training.mesh import DATA, put
 
-Arrays = tuple[Array, Array]  # images, `(..., features)`, and labels
+Arrays = tuple[Array, Array]  # images and labels
 
 
 def make_layout(devices: Mesh | None, dataset: Dataset, replicate_limit: int) -> "Layout":
@@ -28,7 +28,7 @@ def make_layout(devices: Mesh | None, dataset: Dataset, replicate_limit: int) ->
     if dataset.streamed:
         return InBatches(devices)
     if dataset.nbytes > replicate_limit:
-        return Columns(devices, math.prod(dataset.train.image_shape))
+        return Columns(devices, dataset.train.image_shape)
     return Whole(devices)
 
 
@@ -48,7 +48,7 @@ class Layout(abc.ABC):
 
     def put(self, split: Split) -> Arrays:
         """Puts the images and labels of `split` on the devices; every process has the whole split."""
-        return put((_flat(split), split.labels), self._sharding())
+        return put((split.images, split.labels), self._sharding())
 
     def put_batches(
         self, batches: Int[np.ndarray, "batches batch"], group: int, read: Callable[[np.ndarray], Split]
@@ -66,8 +66,8 @@ class Layout(abc.ABC):
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
         """The examples `rows`, padded, of the arrays that `put` returned. They are those of batch `number`."""
 
-    def whole_images(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
-        """The images that `put` returned, without its padding."""
+    def whole_images(self, images: UInt8[Array, "*stored"]) -> UInt8[Array, "examples height width *channels"]:
+        """The images that `put` returned, as they were before."""
         return images
 
     def padded(self, size: int, group: int = 1) -> int:
@@ -106,19 +106,20 @@ class Whole(Layout):
 
 
 class Columns(Layout):
-    """Each device holds a share of the features of every image, and all labels.
+    """Each device holds a share of the pixels of every image, and all labels.
 
-    Indexing stays local. One all-to-all reassembles the images of a batch, and moves as many bytes as the batch has.
+    An image is stored as a row of pixels, padded until they divide. Indexing stays local. One all-to-all reassembles the images of a batch, and moves as many bytes as the batch has.
     """
 
     held = "a share of the data set"
 
-    def __init__(self, devices: Mesh, num_features: int):
+    def __init__(self, devices: Mesh, image_shape: tuple[int, ...]):
         super().__init__(devices)
-        self._num_features = num_features
+        self._image_shape = image_shape
 
     def put(self, split: Split) -> Arrays:
-        images = np.pad(_flat(split), ((0, 0), (0, -self._num_features % self.count)))  # features that divide
+        pixels = split.images.reshape(len(split), -1)
+        images = np.pad(pixels, ((0, 0), (0, -pixels.shape[1] % self.count)))
         return put(images, self._sharding(None, DATA)), put(split.labels, self._sharding())
 
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
@@ -127,8 +128,8 @@ class Columns(Layout):
         images, labels = self.whole_images(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
         return self._constrain(images, DATA), self._constrain(labels, DATA)
 
-    def whole_images(self, images: UInt8[Array, "examples stored"]) -> UInt8[Array, "examples features"]:
-        return images[:, : self._num_features]
+    def whole_images(self, images: UInt8[Array, "*stored"]) -> UInt8[Array, "examples height width *channels"]:
+        return images[:, : math.prod(self._image_shape)].reshape(-1, *self._image_shape)
 
 
 class InBatches(Layout):
@@ -146,7 +147,7 @@ class InBatches(Layout):
             in_batches = array.reshape(*share.shape, *array.shape[1:])
             return jax.make_array_from_process_local_data(self._sharding(None, DATA), in_batches)
 
-        return put_share(_flat(split)), put_share(split.labels)
+        return put_share(split.images), put_share(split.labels)
 
     def share(self, batches: Int[np.ndarray, "batches batch"], group: int = 1) -> Int[np.ndarray, "batches share"]:
         """The numbers in `batches` whose examples go to the devices of this process; -1 is padding."""
@@ -159,10 +160,6 @@ class InBatches(Layout):
             return self._constrain(lax.dynamic_index_in_dim(array, number, keepdims=False), DATA)
 
         return take_one(images), take_one(labels)
-
-
-def _flat(split: Split) -> UInt8[np.ndarray, "examples features"]:
-    return split.images.reshape(len(split), -1)
 
 
 def _rows(x: Array, rows: Int[Array, " batch"]) -> Array:

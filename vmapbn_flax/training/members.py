@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.training.hyperparameters import Hyperparameters, make_hyperparameters
 from vmapbn_flax.training.mesh import DATA, MEMBER
-from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.network import make_network, to_inputs
 from vmapbn_flax.training.state import create_state
 
 
@@ -132,18 +132,19 @@ def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) ->
 
 def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
     """An estimate of the bytes that a member takes, without the data set, which all members share."""
-    example = (1, math.prod(dataset.train.image_shape))
+    shape = dataset.train.image_shape
 
     def state_and_outputs(hyper: Hyperparameters) -> PyTree:
         """The state, and the outputs of each layer for one example."""
-        state = create_state(config.model, config.optimizer, dataset.num_classes, example[1], hyper)
+        state = create_state(config.model, config.optimizer, dataset.num_classes, shape, hyper)
         network = make_network(config.model, dataset.num_classes, hyper)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return state, network.apply(variables, jnp.zeros(example), train=False, capture_intermediates=True)
+        inputs = to_inputs(config.model, jnp.zeros((1, *shape), jnp.uint8))
+        return state, network.apply(variables, inputs, train=False, capture_intermediates=True)
 
     state, outputs = jax.eval_shape(state_and_outputs, make_hyperparameters(config, 1))
     # Each output comes with its activation and its cotangent.
-    activations = 4 * example[1] + 3 * _nbytes(outputs)
+    activations = 4 * math.prod(shape) + 3 * _nbytes(outputs)
     examples = max(config.train.batch_size, config.train.eval_batch_size)
     return 2 * _nbytes(state) + examples * activations + 4 * len(dataset.train)
 

@@ -1,27 +1,57 @@
-"""The network that a config names."""
+"""The network that a config names, on batches of images as they lie in memory."""
 
 from functools import partial
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from vmapbn_flax.nn import MLP, BatchedMLP, VmapBatch
+from vmapbn_flax.networks import attributes, import_network
+from vmapbn_flax.nn import MLP, VmapBatch
 from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 
 
 def make_network(model: ConfigDict, num_classes: int, hyper: Hyperparameters, *, ghost: bool = False) -> nn.Module:
-    """The network of `config.model`, for inputs `(batch, features)`, or `(group, batch, features)` with `ghost`."""
-    hidden = tuple(model.hidden)
+    """The network of `config.model`, for a batch of `to_inputs`, or with `ghost` for `(group, batch, ...)` of it.
+
+    Raises:
+      UsageError: see `vmapbn_flax.networks.import_network`.
+    """
+    make = partial(
+        import_network(model.name, batched=model.norm == "batched"), num_classes=num_classes, **attributes(model)
+    )
     numbers = {
         "momentum": hyper["model.batch_norm_momentum"],
         "epsilon": hyper["model.batch_norm_epsilon"],
         "replica_axis_name": "group" if ghost else (),
     }
     if model.norm == "none":
-        return VmapBatch(MLP(hidden, num_classes, norm=None))
+        return VmapBatch(make(norm=None))
     if model.norm == "vmap":
-        network = MLP(hidden, num_classes, norm=partial(BatchNorm, **numbers))
-        return VmapBatch(network, axis_name=("group", "batch") if ghost else "batch")
-    network = BatchedMLP(hidden, num_classes, norm=partial(BatchedBatchNorm, **numbers))
+        return VmapBatch(make(norm=partial(BatchNorm, **numbers)), axis_name=("group", "batch") if ghost else "batch")
+    network = make(norm=partial(BatchedBatchNorm, **numbers))
     return VmapBatch(network, axis_name="group") if ghost else network
+
+
+def to_inputs(model: ConfigDict, images: UInt8[Array, "batch height width *channels"]) -> Float[Array, "batch *input"]:
+    """Pixels from 0 to 255 as floats from 0 to 1, in `model.dtype` and in the shape that the network takes.
+
+    Each input is an image `(height, width, channels)`, grey with one channel; for an `MLP` it is `(features,)`.
+    """
+    inputs = (images.astype(jnp.float32) / 255).astype(model.dtype)
+    if issubclass(import_network(model.name), MLP):
+        return inputs.reshape(len(images), -1)
+    return inputs if inputs.ndim == 4 else inputs[..., jnp.newaxis]
+
+
+def in_compute_dtype(model: ConfigDict, params: PyTree) -> PyTree:
+    """Parameters as the network computes with them; their gradients arrive in the parameters' own type."""
+
+    def cast(leaf: Any) -> Array:
+        return leaf.astype(model.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return params if model.dtype == "float32" else jax.tree.map(cast, params)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -105,9 +104,7 @@ class Programs:
         evaluate = steps.make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
         population = steps.make_population_statistics(model, num_classes, self.layout)
         gradients = steps.make_gradients(steps.make_loss(model, num_classes), take_batch, train.batch_size)
-        self._create_one = partial(
-            create_state, model, config.optimizer, num_classes, math.prod(dataset.train.image_shape)
-        )
+        self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
         make, over = partial(Program, sharding=self._sharding), self._members.map
         training = (_STATE, _HYPER, _ORDER)

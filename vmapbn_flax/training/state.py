@@ -8,9 +8,10 @@ from flax import struct
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from vmapbn_flax.errors import UsageError
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.metrics import TrainMetrics
-from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.network import make_network, to_inputs
 from vmapbn_flax.training.optimizer import make_optimizer
 
 # A scalar inside a step, an array with one entry a member around a vmap. JAX may rebuild the tree with other leaves, so
@@ -31,11 +32,21 @@ class TrainState(struct.PyTreeNode):
 
 
 def create_state(
-    model: ConfigDict, optimizer: ConfigDict, num_classes: int, num_features: int, hyper: Hyperparameters
+    model: ConfigDict, optimizer: ConfigDict, num_classes: int, image_shape: tuple[int, ...], hyper: Hyperparameters
 ) -> TrainState:
-    """The state before the first step; to be jitted, which saves a second."""
+    """The state before the first step; to be jitted, which saves a second.
+
+    Raises:
+      UsageError: the network does not give `num_classes` logits.
+    """
+    inputs = to_inputs(model, jnp.zeros((1, *image_shape), jnp.uint8)).astype(jnp.float32)
     network = make_network(model, num_classes, hyper)
-    variables = network.init(jax.random.key(hyper["seed"]), jnp.zeros((1, num_features)), train=False)
+    logits, variables = network.init_with_output(jax.random.key(hyper["seed"]), inputs, train=False)
+    if getattr(logits, "shape", None) != (1, num_classes):
+        raise UsageError(
+            f"config.model.name: got logits of shape {jnp.shape(logits)[1:]} for one image from {model.name}, expected "
+            f"({num_classes},), as many as its num_classes"
+        )
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

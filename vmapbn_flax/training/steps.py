@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, UInt8
+from jaxtyping import Array, Bool, Int, Int32, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
 from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics
-from vmapbn_flax.training.network import make_network
+from vmapbn_flax.training.network import in_compute_dtype, make_network, to_inputs
 from vmapbn_flax.training.optimizer import learning_rate, make_optimizer
 from vmapbn_flax.training.state import TrainState
 
@@ -23,7 +23,7 @@ from vmapbn_flax.training.state import TrainState
 class Batch(NamedTuple):
     """Examples as they lie in memory; `mask` is False for padding, and None without any."""
 
-    images: UInt8[Array, "batch features"]
+    images: UInt8[Array, "batch height width *channels"]
     labels: Int[Array, " batch"]
     mask: Bool[Array, " batch"] | None = None
 
@@ -31,11 +31,6 @@ class Batch(NamedTuple):
 _LARGEST_GRADIENT = np.sqrt(np.finfo(np.float32).max)
 
 TrainStep = Callable[[TrainState, Hyperparameters, Batch], tuple[TrainState, TrainMetrics]]
-
-
-def to_inputs(images: UInt8[Array, "batch features"]) -> Float[Array, "batch features"]:
-    """Pixels from 0 to 255 as floats from 0 to 1."""
-    return images.astype(jnp.float32) / 255
 
 
 def epoch_permutation(seed: int, epoch: int, size: int) -> Int32[np.ndarray, " size"]:
@@ -54,8 +49,8 @@ def make_take_batch(size: int, group: int = 1, layout: Layout = ONE_DEVICE) -> C
     """
 
     def take_batch(
-        images: UInt8[Array, "*stored features"],
-        labels: Int[Array, "*stored"],
+        images: UInt8[Array, "*stored"],
+        labels: Int[Array, "*labels"],
         permutation: Int[Array, " examples"],
         number: Int[Array, ""],
     ) -> Batch:
@@ -76,13 +71,13 @@ def make_loss(model: ConfigDict, num_classes: int) -> Callable:
             return x.reshape(-1, ghost_size, *x.shape[1:]) if ghost_size and x is not None else x
 
         logits, updates = network.apply(
-            {"params": params, "batch_stats": batch_stats},
-            grouped(to_inputs(batch.images)),
+            {"params": in_compute_dtype(model, params), "batch_stats": batch_stats},
+            grouped(to_inputs(model, batch.images)),
             train=True,
             mask=grouped(batch.mask),
             mutable=["batch_stats"],
         )
-        logits = logits.reshape(-1, num_classes)  # (group, ghost, classes) -> (batch, classes)
+        logits = logits.reshape(-1, num_classes).astype(jnp.float32)  # (group, ghost, classes) -> (batch, classes)
         targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, num_classes), hyper["train.label_smoothing"])
         losses = optax.softmax_cross_entropy(logits, targets)
         if batch.mask is None:
@@ -159,8 +154,8 @@ def make_train_steps(train_step: TrainStep, take_batch: Callable[..., Batch]) ->
     def train_steps(
         state: TrainState,
         hyper: Hyperparameters,
-        images: UInt8[Array, "*stored features"],
-        labels: Int[Array, "*stored"],
+        images: UInt8[Array, "*stored"],
+        labels: Int[Array, "*labels"],
         permutation: Int[Array, " examples"],
         first: Int[Array, ""],
         num_steps: Int[Array, ""],
@@ -201,12 +196,12 @@ def make_evaluate(
         params: Any,
         batch_stats: Any,
         hyper: Hyperparameters,
-        images: UInt8[Array, "*stored features"],
-        labels: Int[Array, "*stored"],
+        images: UInt8[Array, "*stored"],
+        labels: Int[Array, "*labels"],
         count: Int[Array, ""] | None = None,
     ) -> EvalMetrics:
         network = make_network(model, num_classes, hyper)
-        variables = {"params": params, "batch_stats": batch_stats}
+        variables = {"params": in_compute_dtype(model, params), "batch_stats": batch_stats}
         count = len(labels) if count is None else count
 
         def body(i: Array, metrics: EvalMetrics) -> EvalMetrics:
@@ -214,7 +209,7 @@ def make_evaluate(
             mask = rows < count
             rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
             batch = Batch(*layout.take(images, labels, rows, i), mask)
-            logits = network.apply(variables, to_inputs(batch.images), train=False)
+            logits = network.apply(variables, to_inputs(model, batch.images), train=False).astype(jnp.float32)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return metrics.merge(
                 EvalMetrics.single_from_model_output(loss=losses, logits=logits, labels=batch.labels, mask=batch.mask)
@@ -233,11 +228,11 @@ def make_population_statistics(model: ConfigDict, num_classes: int, layout: Layo
     """
 
     def statistics(
-        params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "examples features"]
+        params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "*stored"]
     ) -> Any:
         network = make_network(model, num_classes, hyper | {"model.batch_norm_momentum": 0.0})
-        variables = {"params": params, "batch_stats": batch_stats}
-        inputs = to_inputs(layout.whole_images(images))
+        variables = {"params": in_compute_dtype(model, params), "batch_stats": batch_stats}
+        inputs = to_inputs(model, layout.whole_images(images))
         _, updates = network.apply(variables, inputs, train=True, mutable=["batch_stats"])
         return updates["batch_stats"]
 

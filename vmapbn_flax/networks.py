@@ -1,0 +1,185 @@
+"""The networks that a config can name: those of this package, and Flax modules of one's own.
+
+A network is a Flax module for one example with the attributes `num_classes` and `norm`, called as
+`network(image, train=train, mask=mask)`. Its other attributes are fields of `config.model`.
+"""
+
+import dataclasses
+import difflib
+import importlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, config_dict
+
+from vmapbn_flax.errors import UsageError
+
+# The fields of config.model that every network has; the others are attributes of its class.
+COMMON = ("name", "norm", "batch_norm_momentum", "batch_norm_epsilon", "ghost_batch_size", "dtype")
+
+_PLAIN = (bool, int, float, str)
+_UNTRUSTED = "untrusted:"
+
+
+class _BuiltIn(NamedTuple):
+    """A network of this package: its class in `vmapbn_flax.nn`, and the attributes that a config sets, with defaults."""
+
+    class_name: str
+    defaults: dict[str, Any]
+
+
+BUILT_IN = {
+    "mlp": _BuiltIn("MLP", {"hidden": (100, 100, 100)}),  # widths of the hidden layers
+}
+
+
+def attributes(model: ConfigDict) -> dict[str, Any]:
+    """The fields of `config.model` that are attributes of the network's class; lists become tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in model.items() if name not in COMMON
+    }
+
+
+def choose_network(config: ConfigDict, name: str) -> None:
+    """Sets `config.model.name`, and replaces the attributes of the network before by the new one's, with its defaults.
+
+    An attribute without a default becomes None, which `check_network` refuses.
+
+    Raises:
+      UsageError: see `import_network`.
+    """
+    model = config.model
+    defaults = BUILT_IN[name].defaults if name in BUILT_IN else _own_defaults(name)
+    with model.unlocked():
+        for attribute in attributes(model):
+            del model[attribute]
+        model.name = name
+        for attribute, value in defaults.items():
+            model[attribute] = config_dict.placeholder(object) if value is dataclasses.MISSING else value
+
+
+def restore_network(config: ConfigDict, saved: dict[str, Any]) -> None:
+    """Gives `config.model` the attributes of the network in `saved`, the section `model` of a workdir's config.
+
+    Nothing is imported, and a name that is not of this package becomes `untrusted` in `saved`: a workdir may come from
+    anywhere, and must not name code to run.
+    """
+    if saved["name"] in BUILT_IN:
+        choose_network(config, saved["name"])
+        return
+    model = config.model
+    with model.unlocked():
+        for attribute in attributes(model):
+            del model[attribute]
+        model.update({attribute: value for attribute, value in saved.items() if attribute not in COMMON})
+    saved["name"] = untrusted(saved["name"])
+
+
+def untrusted(name: str) -> str:
+    """The name of a network that a workdir gives; `import_network` refuses it."""
+    return _UNTRUSTED + name
+
+
+def check_network(model: ConfigDict) -> None:
+    """Checks the name of the network, and that `model` has exactly the attributes of its class.
+
+    Raises:
+      UsageError: see `import_network`; or an attribute is unknown or missing.
+    """
+    defaults = BUILT_IN[model.name].defaults if model.name in BUILT_IN else _own_defaults(model.name)
+    for name in attributes(model):
+        if name not in defaults:
+            close = difflib.get_close_matches(name, defaults, n=1)
+            known = f"did you mean {close[0]}?" if close else f"it has: {', '.join(defaults) or 'none'}."
+            raise UsageError(
+                f"config.model.{name}: got an attribute that the network {model.name} does not have; {known} "
+                f"Start from vmapbn_flax.default_config({model.name!r}), or correct the name."
+            )
+    for name in defaults:
+        if model.get(name) is None:
+            raise UsageError(
+                f"config.model.{name}: got no value, expected one: the network {model.name} has no default for it. "
+                f"Set it with --config.model.{name}=..."
+            )
+
+
+def _own_defaults(name: str) -> dict[str, Any]:
+    """The attributes of a class of one's own that a config can set, with their defaults or `dataclasses.MISSING`."""
+    defaults = {}
+    for field in dataclasses.fields(import_network(name)):
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name not in ("num_classes", "norm", "parent", "name", *COMMON) and _is_plain(value):
+            defaults[field.name] = value
+    return defaults
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a config can hold `value`, and JSON save it; functions, for one, keep the class's default."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is dataclasses.MISSING or isinstance(value, _PLAIN)
+
+
+def import_network(name: str, *, batched: bool = False) -> Any:
+    """The class that `config.model.name` names.
+
+    Args:
+      name: of a network of this package, or `package.module:Class`.
+      batched: whether to return the twin for a whole batch, `Batched<Class>` of the same module.
+
+    Raises:
+      UsageError: there is no such class, or it is not a network.
+    """
+    if name.startswith(_UNTRUSTED):
+        name = name.removeprefix(_UNTRUSTED)
+        raise UsageError(
+            f"config.model.name: got {name!r} from a workdir, which must not name code to run. If you trust it, name it "
+            f"yourself: --config.model.name={name} for train, --network={name} for evaluate and refresh"
+        )
+    module_name, colon, class_name = name.partition(":")
+    if name in BUILT_IN:
+        module_name, class_name = "vmapbn_flax.nn", BUILT_IN[name].class_name
+    elif not (colon and module_name and class_name):
+        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        raise UsageError(
+            f"config.model.name: got {name!r}, expected one of {', '.join(BUILT_IN)}, or package.module:Class, a Flax "
+            f"module of your own. {f'Did you mean {close[0]}? ' if close else ''}Change it with --config.model.name=..."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(
+            f"config.model.name: got {name!r}, whose module cannot be imported ({error}); expected a module that "
+            f"`python -c 'import {module_name}'` finds from the current directory."
+        ) from error
+    if not hasattr(module, class_name):
+        close = difflib.get_close_matches(class_name, dir(module), n=1)
+        raise UsageError(
+            f"config.model.name: got {name!r}, but {module.__name__} has no {class_name}; expected a Flax module there"
+            f"{f'. Did you mean {close[0]}?' if close else ''}"
+        )
+    found = getattr(module, class_name)
+    _require_network(found, name)
+    if not batched:
+        return found
+    twin = getattr(module, f"Batched{class_name}", None)
+    if twin is None:
+        raise UsageError(
+            f"config.model.norm: got 'batched' for {name!r}, but {module.__name__} has no Batched{class_name}; expected "
+            f"it there: the network for a whole batch, with the same variables. Write it, or train with "
+            f"--config.model.norm=vmap"
+        )
+    _require_network(twin, f"{module_name}:Batched{class_name}")
+    return twin
+
+
+def _require_network(found: Any, name: str) -> None:
+    from flax import linen as nn  # here, since reading a config must not take the time of importing JAX
+
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UsageError(f"config.model.name: got {name!r}, which is no flax.linen.Module; expected a class of that kind")
+    fields = {field.name for field in dataclasses.fields(found)}
+    if missing := [field for field in ("num_classes", "norm") if field not in fields]:
+        raise UsageError(
+            f"config.model.name: got {name!r}, which has no attribute {' and no '.join(missing)}; expected both: the "
+            f"number of logits, and what makes a norm (or None). See docs/your-network.md."
+        )
