@@ -62,6 +62,10 @@ def _are_widths(widths: tuple, config: ConfigDict) -> bool:
     return len(widths) > 0 and all(isinstance(width, int) and 1 <= width <= _WIDEST for width in widths)
 
 
+def _are_augmentations(names: tuple | list, config: ConfigDict) -> bool:
+    return not isinstance(names, str) and all(re.fullmatch(r"flip|(shift|cutout):[1-9]\d{0,3}", name) for name in names)
+
+
 _WIDTHS = f"at least one width, each an integer from 1 to {_WIDEST}, such as (100, 100)"
 
 # By dotted name, in the order of the checks.
@@ -72,6 +76,9 @@ FIELDS = {
     "data.dir": Field("a directory, or '' for the usual one", resumable=True),
     "data.validation_size": _at_least(0, "a number of examples, 0 for none"),
     "data.memory_limit": _positive("a positive number of gigabytes", resumable=True),
+    "data.augment": Field(
+        "a tuple of 'shift:N', 'flip' and 'cutout:N', such as ('shift:2', 'flip')", _are_augmentations
+    ),
     "model.name": Field("mlp, or package.module:Class"),  # `networks.check_network` looks closer
     "model.norm": _one_of(*_NORMS),
     "model.dtype": _one_of("float32", "bfloat16"),

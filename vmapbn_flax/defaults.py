@@ -30,6 +30,7 @@ def default_config(network: str = "mlp") -> ConfigDict:
     data.name = "mnist"  # "mnist" is bundled; any other is a prepared tensorflow-datasets set
     data.dir = ""  # where the data lies; "": the bundled files, $TFDS_DATA_DIR or ~/tensorflow_datasets
     data.validation_size = 0  # examples held out from the end of the training set, for selection
+    data.augment = ()  # changes of training images: "shift:N" by up to N pixels, "flip", "cutout:N" of N by N pixels
     data.memory_limit = 2.0  # gigabytes; a set that is larger as arrays is streamed from its files
 
     config.model = model = ConfigDict()

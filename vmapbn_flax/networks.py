@@ -21,7 +21,7 @@ _UNTRUSTED = "untrusted:"
 
 
 class _BuiltIn(NamedTuple):
-    """A network of this package: its class in `vmapbn_flax.nn`, and the attributes that a config sets, with defaults."""
+    """A network of this package: its class in `vmapbn_flax.nn`, and the fields of its config, with their defaults."""
 
     class_name: str
     defaults: dict[str, Any]
@@ -48,6 +48,8 @@ def choose_network(config: ConfigDict, name: str) -> None:
       UsageError: see `import_network`.
     """
     model = config.model
+    if name == model.name:
+        return
     defaults = BUILT_IN[name].defaults if name in BUILT_IN else _own_defaults(name)
     with model.unlocked():
         for attribute in attributes(model):
@@ -72,6 +74,25 @@ def restore_network(config: ConfigDict, saved: dict[str, Any]) -> None:
             del model[attribute]
         model.update({attribute: value for attribute, value in saved.items() if attribute not in COMMON})
     saved["name"] = untrusted(saved["name"])
+
+
+def refuse_untrusted(name: str) -> None:
+    """Refuses the name of a network that a workdir, and nobody else, gave.
+
+    Raises:
+      UsageError: `name` is `untrusted`.
+    """
+    if name.startswith(_UNTRUSTED):
+        name = displayed(name)
+        raise UsageError(
+            f"config.model.name: got {name!r} from a workdir, which must not name code to run. If you trust that code, "
+            f"name it yourself: --config.model.name={name} for train, --network={name} for evaluate and refresh"
+        )
+
+
+def displayed(name: str) -> str:
+    """The name of a network as its config has it, `untrusted` or not."""
+    return name.removeprefix(_UNTRUSTED)
 
 
 def untrusted(name: str) -> str:
@@ -129,12 +150,7 @@ def import_network(name: str, *, batched: bool = False) -> Any:
     Raises:
       UsageError: there is no such class, or it is not a network.
     """
-    if name.startswith(_UNTRUSTED):
-        name = name.removeprefix(_UNTRUSTED)
-        raise UsageError(
-            f"config.model.name: got {name!r} from a workdir, which must not name code to run. If you trust it, name it "
-            f"yourself: --config.model.name={name} for train, --network={name} for evaluate and refresh"
-        )
+    refuse_untrusted(name)
     module_name, colon, class_name = name.partition(":")
     if name in BUILT_IN:
         module_name, class_name = "vmapbn_flax.nn", BUILT_IN[name].class_name
@@ -164,8 +180,8 @@ def import_network(name: str, *, batched: bool = False) -> Any:
     twin = getattr(module, f"Batched{class_name}", None)
     if twin is None:
         raise UsageError(
-            f"config.model.norm: got 'batched' for {name!r}, but {module.__name__} has no Batched{class_name}; expected "
-            f"it there: the network for a whole batch, with the same variables. Write it, or train with "
+            f"config.model.norm: got 'batched' for {name!r}, but {module.__name__} has no Batched{class_name}; "
+            f"expected it there: the network for a whole batch, with the same variables. Write it, or train with "
             f"--config.model.norm=vmap"
         )
     _require_network(twin, f"{module_name}:Batched{class_name}")
@@ -176,7 +192,9 @@ def _require_network(found: Any, name: str) -> None:
     from flax import linen as nn  # here, since reading a config must not take the time of importing JAX
 
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UsageError(f"config.model.name: got {name!r}, which is no flax.linen.Module; expected a class of that kind")
+        raise UsageError(
+            f"config.model.name: got {name!r}, which is no flax.linen.Module; expected a class of that kind"
+        )
     fields = {field.name for field in dataclasses.fields(found)}
     if missing := [field for field in ("num_classes", "norm") if field not in fields]:
         raise UsageError(

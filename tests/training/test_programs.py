@@ -51,7 +51,7 @@ def test_gradients_are_those_of_the_step_s_batch():
     rows = epoch_permutation(0, 1, len(train))[3 * small.BATCH : 4 * small.BATCH]
     batch = Batch(jnp.array(train.images[rows]), jnp.array(train.labels[rows]))
     expected, (expected_logits, _, _) = jax.jit(jax.grad(make_loss(small.config().model, small.CLASSES), has_aux=True))(
-        state.params, state.batch_stats, programs.hyper, batch
+        state.params, state.batch_stats, programs.hyper, batch, state.step
     )
     small.assert_close((logits, grads), (expected_logits, expected))
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

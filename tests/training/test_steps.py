@@ -108,7 +108,7 @@ def gradient(config):
     value_and_grad = jax.value_and_grad(make_loss(config.model, small.CLASSES), has_aux=True)
 
     def measure(state, hyper, batch):
-        (loss, (_, _, stats)), grads = value_and_grad(state.params, state.batch_stats, hyper, batch)
+        (loss, (_, _, stats)), grads = value_and_grad(state.params, state.batch_stats, hyper, batch, state.step)
         return loss, stats, grads
 
     return measure

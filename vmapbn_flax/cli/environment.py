@@ -22,6 +22,12 @@ def prepare() -> None:
     _quieten_orbax()
 
 
+def import_from_here() -> None:
+    """Makes modules of the current directory importable, as `python -m` does."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+
+
 def forgo_torch() -> None:
     """Makes `import torch` fail, unless torch is loaded: tensorboardX would import it for two seconds, for nothing."""
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None: the import fails

@@ -1,12 +1,12 @@
 """The `--config` flag: a config file of ml_collections, with overrides, or one line that says what is wrong."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from vmapbn_flax.cli import environment
 from vmapbn_flax.errors import UsageError, UserError
 from vmapbn_flax.networks import choose_network, untrusted
 
@@ -22,8 +22,7 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     Raises:
       UsageError: a flag, a field, a value or the file is wrong.
     """
-    if str(Path.cwd()) not in sys.path:  # a config file may import another
-        sys.path.append(str(Path.cwd()))
+    environment.import_from_here()  # a config file may import another
     try:
         config, source, rest = _read_file(arguments)
         stray = _override(config, rest)

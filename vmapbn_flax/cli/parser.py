@@ -17,6 +17,8 @@ examples:
   python train.py --config=configs/vmap_bn.py --config.optimizer.learning_rate=3e-3 --workdir=runs/slower
   python train.py --config=configs/saved.py:runs/slower --config.train.num_epochs=40"""
 
+_NETWORK_HELP = "the name of the run's network, if that is a module of your own: package.module:Class"
+
 
 def _path(text: str) -> Path:
     if not text:
@@ -52,12 +54,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("evaluate", help="evaluate a checkpoint", allow_abbrev=False)
     command.add_argument("workdir", type=_path)
     command.add_argument("--step", type=int, help="default: the newest checkpoint")
+    command.add_argument("--network", help=_NETWORK_HELP)
     command.add_argument("--norm", choices=("vmap", "batched"), help="default: as the run was trained")
     command.set_defaults(command="evaluate", takes_config=False)
 
     command = commands.add_parser("refresh", help="recompute running statistics exactly", allow_abbrev=False)
     command.add_argument("workdir", type=_path)
     command.add_argument("--step", type=int, help="default: the newest checkpoint")
+    command.add_argument("--network", help=_NETWORK_HELP)
     command.set_defaults(command="refresh", takes_config=False)
 
     command = commands.add_parser("parity", help="compare the vmapped and the batched network", allow_abbrev=False)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from vmapbn_flax.cli import environment
 from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.runs.checkpoints import Checkpoints
@@ -17,25 +18,26 @@ from vmapbn_flax.training.programs import Programs
 
 def run(arguments: argparse.Namespace, started: float) -> int:
     """Prints the figures before and after."""
-    figures = refresh(arguments.workdir, arguments.step)
+    environment.import_from_here()
+    figures = refresh(arguments.workdir, arguments.step, arguments.network)
     rows = [(name, figures["before"][name], figures["after"][name]) for name in figures["before"]]
     table(rows, ("", "running statistics", "refreshed"), file=sys.stdout)
     return 0
 
 
-def refresh(path: Path, step: int | None = None) -> dict[str, dict[str, float | int]]:
+def refresh(path: Path, step: int | None = None, network: str | None = None) -> dict[str, dict[str, float | int]]:
     """Recomputes the statistics of a checkpoint at its weights, and evaluates before and after.
 
     Each layer's mean and variance become those of its inputs over the whole training set. One pass in training mode
     computes them, with the training set as a single batch, which has to fit in memory. The result is a workdir of its
-    own, `<path>/refreshed/`, which `evaluate` takes and `train` refuses.
+    own, `<path>/refreshed/`, which `evaluate` takes and `train` refuses. `network` is as in `load_config`.
 
     Raises:
       RunError: the checkpoint is missing or damaged.
       UsageError: the run has no batch norm, or its data set is larger than its memory limit.
     """
     workdir = Workdir(path)
-    config = load_config(workdir)
+    config = load_config(workdir, network)
     if config.model.norm == "none":
         raise UsageError(f"{workdir}: got a run without batch norm, expected one that has statistics to refresh")
     dataset = load_dataset(config.data)

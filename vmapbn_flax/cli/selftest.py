@@ -82,7 +82,8 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
         found = [_compare(*first, second) for first, (_, _, second) in ends]
         if config.model.norm != "none":
             say("parity and refresh")
-            rows, evaluated, summary = parity(config), refresh(resumed.path)["before"], read_json(resumed.summary)
+            rows, summary = parity(config), read_json(resumed.summary)
+            evaluated = refresh(resumed.path, network=config.model.name)["before"]
             outside = [row.what for row in rows if not row.within]
             found.append(Comparison("parity: the vmapped and the batched network", f"{len(rows)} quantities", outside))
             logged = {name: summary.get(name) for name in evaluated}

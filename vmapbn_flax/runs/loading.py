@@ -2,7 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import validate
+from vmapbn_flax import networks
+from vmapbn_flax.config import restore_config, validate
+from vmapbn_flax.defaults import default_config
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs.checkpoints import restore, saved_steps
 from vmapbn_flax.runs.workdir import Workdir
@@ -10,17 +12,26 @@ from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.state import TrainState
 
 
-def load_config(workdir: Workdir) -> ConfigDict:
+def load_config(workdir: Workdir, network: str | None = None) -> ConfigDict:
     """The config of the run in `workdir`.
+
+    Args:
+      network: the name of the run's network; needed for a module of one's own, since a workdir names no code to run.
 
     Raises:
       RunError: the config is missing or damaged.
+      UsageError: `network` is missing, or another one.
     """
-    saved = workdir.read_config()
+    config = restore_config(default_config(), workdir.read_config(), str(workdir.config))
+    if network is not None:
+        if config.model.name not in (network, networks.untrusted(network)):
+            got = networks.displayed(config.model.name)
+            raise UsageError(f"--network={network}: got a run of the network {got}; expected that name or none")
+        config.model.name = network
+    networks.refuse_untrusted(config.model.name)
     try:
-        config = ConfigDict(saved)
         validate(config)
-    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+    except UsageError as error:
         raise RunError(
             f"{workdir.config}: got a config that does not fit ({error}), expected one that a run wrote"
         ) from None

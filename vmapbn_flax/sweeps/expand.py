@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax.config import FIELDS, flat, validate, without_distributed
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.networks import choose_network
 
 _DISTRIBUTIONS = ("uniform", "log_uniform")
 _LONGEST_NAME = 200  # characters; file systems end at 255
@@ -134,6 +135,7 @@ def _typed(name: str, value: Any, field: Any) -> Any:
 
 def _with(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     config = base.copy_and_resolve_references()
+    choose_network(config, values.get("model.name", config.model.name))
     config.update_from_flattened_dict(values)
     return config
 

@@ -108,7 +108,8 @@ class Whole(Layout):
 class Columns(Layout):
     """Each device holds a share of the pixels of every image, and all labels.
 
-    An image is stored as a row of pixels, padded until they divide. Indexing stays local. One all-to-all reassembles the images of a batch, and moves as many bytes as the batch has.
+    An image is stored as a row of pixels, padded until they divide. Indexing stays local. One all-to-all reassembles
+    the images of a batch, and moves as many bytes as the batch has.
     """
 
     held = "a share of the data set"

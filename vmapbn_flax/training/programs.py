@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax.config import validate_sizes
 from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.training import mesh, steps
+from vmapbn_flax.training.augment import make_augment
 from vmapbn_flax.training.compiler import Compiler, Program
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
@@ -100,10 +101,11 @@ class Programs:
     def _make_programs(self, config: ConfigDict, dataset: Dataset) -> None:
         model, train, num_classes = config.model, config.train, dataset.num_classes
         take_batch = steps.make_take_batch(train.batch_size, model.ghost_batch_size or 1, self.layout)
-        train_step = steps.make_train_step(model, config.optimizer, train.max_skipped_steps, num_classes)
+        augment = make_augment(config.data.augment, dataset.train.image_shape)
+        train_step = steps.make_train_step(model, config.optimizer, train.max_skipped_steps, num_classes, augment)
         evaluate = steps.make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
         population = steps.make_population_statistics(model, num_classes, self.layout)
-        gradients = steps.make_gradients(steps.make_loss(model, num_classes), take_batch, train.batch_size)
+        gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
         make, over = partial(Program, sharding=self._sharding), self._members.map

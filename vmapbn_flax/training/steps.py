@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, Int32, PyTree, UInt8
 from ml_collections import ConfigDict
 
+from vmapbn_flax.training.augment import Augment, unchanged
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
 from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics
@@ -60,11 +61,17 @@ def make_take_batch(size: int, group: int = 1, layout: Layout = ONE_DEVICE) -> C
     return take_batch
 
 
-def make_loss(model: ConfigDict, num_classes: int) -> Callable:
-    """`loss(params, batch_stats, hyper, batch) -> (loss, (logits, losses, batch_stats))` in training."""
+def make_loss(model: ConfigDict, num_classes: int, augment: Augment = unchanged) -> Callable:
+    """`loss(params, batch_stats, hyper, batch, step) -> (loss, (logits, losses, batch_stats))` in training.
+
+    The changes of `augment` and the network's dropout are functions of the seed and of `step`.
+    """
     ghost_size = model.ghost_batch_size
 
-    def loss(params: Any, batch_stats: Any, hyper: Hyperparameters, batch: Batch) -> tuple[Array, tuple]:
+    def loss(
+        params: Any, batch_stats: Any, hyper: Hyperparameters, batch: Batch, step: Int[Array, ""]
+    ) -> tuple[Array, tuple]:
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(hyper["seed"]), step))
         network = make_network(model, num_classes, hyper, ghost=bool(ghost_size))
 
         def grouped(x: Array | None) -> Array | None:
@@ -72,9 +79,10 @@ def make_loss(model: ConfigDict, num_classes: int) -> Callable:
 
         logits, updates = network.apply(
             {"params": in_compute_dtype(model, params), "batch_stats": batch_stats},
-            grouped(to_inputs(model, batch.images)),
+            grouped(to_inputs(model, augment(augment_key, batch.images))),
             train=True,
             mask=grouped(batch.mask),
+            rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
         )
         logits = logits.reshape(-1, num_classes).astype(jnp.float32)  # (group, ghost, classes) -> (batch, classes)
@@ -89,18 +97,22 @@ def make_loss(model: ConfigDict, num_classes: int) -> Callable:
     return loss
 
 
-def make_train_step(model: ConfigDict, optimizer: ConfigDict, max_skipped_steps: int, num_classes: int) -> TrainStep:
+def make_train_step(
+    model: ConfigDict, optimizer: ConfigDict, max_skipped_steps: int, num_classes: int, augment: Augment = unchanged
+) -> TrainStep:
     """The step that is mapped over members, sharded over devices and looped over batches.
 
     If the loss, a gradient or the square of a gradient is not finite, parameters, optimizer state and statistics stay
     as they were, and the step counts as skipped. After `max_skipped_steps` skipped steps in a row nothing changes any
     more, the step count included.
     """
-    loss = make_loss(model, num_classes)
+    loss = make_loss(model, num_classes, augment)
 
     def train_step(state: TrainState, hyper: Hyperparameters, batch: Batch) -> tuple[TrainState, TrainMetrics]:
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, (logits, losses, batch_stats)), grads = gradient(state.params, state.batch_stats, hyper, batch)
+        (value, (logits, losses, batch_stats)), grads = gradient(
+            state.params, state.batch_stats, hyper, batch, state.step
+        )
         rate = learning_rate(optimizer, hyper, state.step)
         updates, opt_state = make_optimizer(optimizer, hyper, rate).update(grads, state.opt_state, state.params)
         metrics = TrainMetrics.single_from_model_output(
@@ -177,7 +189,7 @@ def make_gradients(
         state: TrainState, hyper: Hyperparameters, images: Array, labels: Array, permutation: Array, number: Array
     ) -> tuple[Array, Any]:
         batch = take_batch(images, labels, permutation, number)
-        grads, (logits, _, _) = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, hyper, batch)
+        grads, (logits, _, _) = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, hyper, batch, state.step)
         return logits[:batch_size], grads
 
     return gradients
@@ -209,7 +221,7 @@ def make_evaluate(
             mask = rows < count
             rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
             batch = Batch(*layout.take(images, labels, rows, i), mask)
-            logits = network.apply(variables, to_inputs(model, batch.images), train=False).astype(jnp.float32)
+            logits = jnp.asarray(network.apply(variables, to_inputs(model, batch.images), train=False), jnp.float32)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return metrics.merge(
                 EvalMetrics.single_from_model_output(loss=losses, logits=logits, labels=batch.labels, mask=batch.mask)
@@ -227,9 +239,7 @@ def make_population_statistics(model: ConfigDict, num_classes: int, layout: Layo
     images, where the layers before it are normalised by theirs.
     """
 
-    def statistics(
-        params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "*stored"]
-    ) -> Any:
+    def statistics(params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "*stored"]) -> Any:
         network = make_network(model, num_classes, hyper | {"model.batch_norm_momentum": 0.0})
         variables = {"params": in_compute_dtype(model, params), "batch_stats": batch_stats}
         inputs = to_inputs(model, layout.whole_images(images))
