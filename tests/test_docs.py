@@ -11,7 +11,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", "docs/equinox.md", "docs/story.md"]
+RUN = ["README.md", "docs/equinox.md", "docs/story.md", "docs/your-network.md"]
 
 
 def test_every_page_with_code_is_run():
@@ -56,3 +56,9 @@ def test_every_page_is_linked(start):
 def test_every_page_is_in_the_site():
     nav = (ROOT / "mkdocs.yml").read_text()
     assert [page for page in PAGES[1:] if f"- {Path(page).name}\n" not in nav] == []
+
+
+def test_the_network_of_ones_own_is_the_file():
+    page = (ROOT / "docs/your-network.md").read_text()
+    code = (ROOT / "configs/own_network.py").read_text()
+    assert BLOCK.search(page)[1].strip() == code[code.index("from collections") :].strip()

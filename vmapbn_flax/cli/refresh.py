@@ -28,9 +28,11 @@ def run(arguments: argparse.Namespace, started: float) -> int:
 def refresh(path: Path, step: int | None = None, network: str | None = None) -> dict[str, dict[str, float | int]]:
     """Recomputes the statistics of a checkpoint at its weights, and evaluates before and after.
 
-    Each layer's mean and variance become those of its inputs over the whole training set. One pass in training mode
-    computes them, with the training set as a single batch, which has to fit in memory. The result is a workdir of its
-    own, `<path>/refreshed/`, which `evaluate` takes and `train` refuses. `network` is as in `load_config`.
+    Each layer's mean and variance become those of its inputs over the whole training set, as if that were one batch.
+    The images have to fit in memory; the activations are those of a batch of `train.eval_batch_size`.
+
+    The result is a workdir of its own, `<path>/refreshed/`, which `evaluate` takes and `train` refuses. `network` is as
+    in `load_config`.
 
     Raises:
       RunError: the checkpoint is missing or damaged.
@@ -44,8 +46,8 @@ def refresh(path: Path, step: int | None = None, network: str | None = None) -> 
     if dataset.streamed:
         raise UsageError(
             f"config.data.memory_limit: got {config.data.memory_limit}, expected at least "
-            f"{dataset.gigabytes}, for {dataset.name}, whose training set is taken as one batch. "
-            f"With memory for many times that, raise it in {workdir.config}."
+            f"{dataset.gigabytes}, for {dataset.name}, which has to lie in memory. "
+            f"Where there is memory, raise it in {workdir.config}."
         )
     programs = Programs([config], dataset)
     state = load_state(workdir, step, programs)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int
 
 from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.training.mesh import DATA, put
@@ -65,10 +65,6 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
         """The examples `rows`, padded, of the arrays that `put` returned. They are those of batch `number`."""
-
-    def whole_images(self, images: UInt8[Array, "*stored"]) -> UInt8[Array, "examples height width *channels"]:
-        """The images that `put` returned, as they were before."""
-        return images
 
     def padded(self, size: int, group: int = 1) -> int:
         """`size` rounded up until its groups of `group` rows divide over the devices."""
@@ -126,11 +122,9 @@ class Columns(Layout):
     def take(self, images: Array, labels: Array, rows: Int[Array, " batch"], number: Int[Array, ""]) -> Arrays:
         rows = self._constrain(rows)  # or the compiler divides them and gathers them again
         parts = self._constrain(_rows(images, rows), None, DATA)
-        images, labels = self.whole_images(self._constrain(parts, DATA)), self._constrain(_rows(labels, rows))
+        pixels, labels = self._constrain(parts, DATA), self._constrain(_rows(labels, rows))
+        images = pixels[:, : math.prod(self._image_shape)].reshape(-1, *self._image_shape)
         return self._constrain(images, DATA), self._constrain(labels, DATA)
-
-    def whole_images(self, images: UInt8[Array, "*stored"]) -> UInt8[Array, "examples height width *channels"]:
-        return images[:, : math.prod(self._image_shape)].reshape(-1, *self._image_shape)
 
 
 class InBatches(Layout):

@@ -24,6 +24,7 @@ from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, compute
 from vmapbn_flax.training.optimizer import learning_rate
+from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
 from vmapbn_flax.training.stream import Stream
 
@@ -104,7 +105,7 @@ class Programs:
         augment = make_augment(config.data.augment, dataset.train.image_shape)
         train_step = steps.make_train_step(model, config.optimizer, train.max_skipped_steps, num_classes, augment)
         evaluate = steps.make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
-        population = steps.make_population_statistics(model, num_classes, self.layout)
+        population = make_population_statistics(model, train.eval_batch_size, num_classes, self.layout)
         gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
@@ -250,8 +251,8 @@ class Programs:
 
     def population_statistics(self, state: TrainState) -> PyTree:
         """The `batch_stats` of all training examples as one batch."""
-        images, _ = self._data["train"]
-        return self.compiler.call(self._population, state.params, state.batch_stats, self.hyper, images)
+        variables = (state.params, state.batch_stats, self.hyper)
+        return self.compiler.call(self._population, *variables, *self._data["train"])
 
     def close(self) -> None:
         """Ends the thread that reads streamed data; further training starts it again."""

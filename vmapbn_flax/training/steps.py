@@ -230,20 +230,3 @@ def make_evaluate(
         return lax.fori_loop(0, -(-count // size), body, EvalMetrics.empty())
 
     return evaluate
-
-
-def make_population_statistics(model: ConfigDict, num_classes: int, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
-    """`statistics(params, batch_stats, hyper, images) -> batch_stats` of all the images as one batch.
-
-    A pass in training mode with momentum 0 leaves exactly these statistics: each layer's mean and variance over all
-    images, where the layers before it are normalised by theirs.
-    """
-
-    def statistics(params: Any, batch_stats: Any, hyper: Hyperparameters, images: UInt8[Array, "*stored"]) -> Any:
-        network = make_network(model, num_classes, hyper | {"model.batch_norm_momentum": 0.0})
-        variables = {"params": in_compute_dtype(model, params), "batch_stats": batch_stats}
-        inputs = to_inputs(model, layout.whole_images(images))
-        _, updates = network.apply(variables, inputs, train=True, mutable=["batch_stats"])
-        return updates["batch_stats"]
-
-    return statistics
