@@ -17,7 +17,7 @@ from vmapbn_flax.training.programs import Programs
 
 STEPS = 50
 HIDDEN = (6, 5)
-PARAMETERS = (12 * 6 + 6) + 2 * 6 + (6 * 5 + 5) + 2 * 5 + (5 * 4 + 4)
+PARAMETERS = 12 * 6 + 2 * 6 + 6 * 5 + 2 * 5 + (5 * 4 + 4)
 # Not Adam: it makes a step of whatever rounding leaves of a gradient that is zero, such as that of a bias in front of
 # a norm.
 SGD = {"optimizer__name": "sgd", "optimizer__learning_rate": 0.05, "train__num_epochs": 20.0, "model__hidden": HIDDEN}
@@ -219,7 +219,7 @@ def test_collectives_of_a_padded_step():
 def test_collectives_without_a_norm():
     programs = make(8, model__norm="none")
     programs.advance(programs.create(), 0, 1)
-    assert collectives(programs) == [("all-reduce", "f32", PARAMETERS - 2 * sum(HIDDEN) + 3)]
+    assert collectives(programs) == [("all-reduce", "f32", PARAMETERS - sum(HIDDEN) + 3)]
 
 
 def test_ghost_batches_are_normalised_without_a_collective():
