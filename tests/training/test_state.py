@@ -62,5 +62,5 @@ def test_vmap_over_seeds_and_learning_rates_is_each_alone():
     for member, hyper in enumerate(hypers):
         alone = small.member(member, start)
         for i in range(3):
-            alone, _ = small.train_step(optimizer__name="sgd")(alone, hyper, small.batch(seed=i))
+            alone, _ = small.train_step()(alone, hyper, small.batch(seed=i))
         small.assert_close(small.member(member, together), alone)
