@@ -90,9 +90,7 @@ def step_of(config):
 @functools.cache
 def members():
     """Three members' config, hyperparameters, first states, and the step that takes them all over one batch."""
-    # Not Adam: it makes a step of whatever rounding leaves of a gradient that is zero, such as that of a bias
-    # in front of a norm.
-    shared = config(optimizer__name="sgd")
+    shared = config()
     hypers = [hyper(shared, optimizer__learning_rate=rate, seed=seed) for seed, rate in ((0, 0.1), (1, 0.1), (0, 1.0))]
     create = functools.partial(create_state, shared.model, shared.optimizer, CLASSES, IMAGE)
     start = jax.jit(jax.vmap(create))(stack(hypers))

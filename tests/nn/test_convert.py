@@ -61,17 +61,19 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def torch_network(torch, norm=True, **attributes):
+def torch_network(torch, norm=True, bias=False, **attributes):
+    """`bias`: whether the linear layers before norms have one; random, as PyTorch starts it."""
     attributes = {"momentum": 1 - MOMENTUM, **attributes}
     layers = []
     for width, next_width in pairwise(WIDTHS[:-1]):
         norms = [torch.nn.BatchNorm1d(next_width, **attributes)] if norm else []
-        layers += [torch.nn.Linear(width, next_width), *norms, torch.nn.Sigmoid()]
+        layers += [torch.nn.Linear(width, next_width, bias=bias or not norm), *norms, torch.nn.Sigmoid()]
     return torch.nn.Sequential(*layers, torch.nn.Linear(*WIDTHS[-2:]))
 
 
 TORCH_NETWORKS = [
     pytest.param(TORCH_NORM, {}, id="norm"),
+    pytest.param(TORCH_NORM, {"bias": True}, id="biases before norms"),
     pytest.param(partial(TORCH_NORM, momentum=None), {"momentum": None}, id="cumulative"),
     pytest.param(partial(TORCH_NORM, use_scale=False, use_bias=False), {"affine": False}, id="not affine"),
     pytest.param(None, {"norm": False}, id="no norm"),
@@ -100,9 +102,30 @@ def test_torch_state_dict_survives_the_way_here_and_back(torch, norm, attributes
     network(torch.from_numpy(X))  # num_batches_tracked becomes 1
     state_dict = network.state_dict()
     variables = from_torch(state_dict, cumulative="momentum" in attributes)
-    assert_same_state_dict(to_torch(variables, state_dict), state_dict)
+    back = to_torch(variables, state_dict)
+    if "bias" in attributes:
+        for linear, running_mean in (("0", "1"), ("3", "4")):
+            bias, mean = state_dict[f"{linear}.bias"], f"{running_mean}.running_mean"
+            state_dict |= {f"{linear}.bias": torch.zeros_like(bias), mean: state_dict[mean] - bias}
+    assert_same_state_dict(back, state_dict)
     shapes = jax.tree.map(jnp.shape, variables)
     assert shapes == jax.tree.map(jnp.shape, random_variables(norm))
+
+
+def test_torch_biases_before_norms_change_nothing(torch):
+    """A network that has them evaluates and trains as its conversion: statistics but for the biases, and gradients."""
+    network = torch_network(torch, bias=True)
+    with torch.no_grad():
+        for layer in network:
+            if isinstance(layer, torch.nn.Linear):
+                layer.bias.copy_(torch.linspace(-2, 3, len(layer.bias)))
+    variables = from_torch(network.state_dict())
+    for train in (False, True, True, False):
+        network.train(train)
+        y, updates = apply(TORCH_NORM, variables, X, train)
+        close(y, network(torch.from_numpy(X)).detach().numpy())
+        variables = {**variables, **updates}
+        jax.tree.map(close, from_torch(network.state_dict()), variables)
 
 
 def test_torch_count_is_num_batches_tracked(torch):
@@ -136,8 +159,8 @@ def test_torch_names_of_layers_are_free(torch):
     ("change", "message"),
     [
         (
-            lambda torch, d: {"a.weight": d["0.weight"]},
-            "got 'a.*' with weight; expected weight, bias of a Linear",
+            lambda torch, d: {"a.bias": torch.ones(5)},
+            "got 'a.*' with bias; expected weight, bias of a Linear",
         ),
         (
             lambda torch, d: {"2.weight": torch.ones(5), "2.bias": torch.ones(5)},
@@ -149,9 +172,10 @@ def test_torch_names_of_layers_are_free(torch):
         ),
         (lambda torch, d: {"3.weight": torch.ones(4, 7)}, "got 7 inputs of dense_1; expected 5"),
         (
-            lambda torch, d: {"7.weight": d["0.weight"], "7.bias": d["0.bias"]},
+            lambda torch, d: {"7.weight": d["0.weight"]},
             "got 4 linear .* and 2 batch norms",
         ),
+        (lambda torch, d: {"0.bias": torch.ones(1)}, r"got a bias of shape \(1,\) for dense_0; expected \(5,\)"),
     ],
 )
 def test_torch_refuses_what_is_no_mlp(torch, change, message):
@@ -159,6 +183,14 @@ def test_torch_refuses_what_is_no_mlp(torch, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         from_torch({**state_dict, **change(torch, state_dict)})
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_bias_is_refused_where_no_norm_follows(torch):
+    for network, name in ((torch_network(torch), "6.bias"), (torch_network(torch, norm=False), "0.bias")):
+        state_dict = network.state_dict()
+        del state_dict[name]
+        with pytest.raises(ValueError, match=f"got no bias for {'logits' if name == '6.bias' else 'dense_0'}"):
+            from_torch(state_dict)
 
 
 def test_torch_refuses_variables_of_another_network(torch):
@@ -175,10 +207,12 @@ class EquinoxNetwork(eqx.Module):
     dense: list
     norm: list
 
-    def __init__(self, key, mode="batch"):
-        keys = jax.random.split(key, len(WIDTHS) - 1)
-        pairs = pairwise(WIDTHS)
-        self.dense = [eqx.nn.Linear(*pair, key=key) for pair, key in zip(pairs, keys, strict=True)]
+    def __init__(self, key, mode="batch", bias=False):
+        """`bias`: whether the linear layers before norms have one."""
+        *keys, last = jax.random.split(key, len(WIDTHS) - 1)
+        pairs, bias = pairwise(WIDTHS[:-1]), bias or not mode
+        self.dense = [eqx.nn.Linear(*pair, use_bias=bias, key=key) for pair, key in zip(pairs, keys, strict=True)]
+        self.dense.append(eqx.nn.Linear(*WIDTHS[-2:], key=last))
         self.norm = [
             eqx.nn.BatchNorm(width, "batch", momentum=MOMENTUM, mode=mode) if mode else eqx.nn.Identity()
             for width in WIDTHS[1:-1]
@@ -209,7 +243,7 @@ def equinox_apply(model, state, x):
     return jax.vmap(model, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(x, state)
 
 
-@pytest.mark.parametrize("make", [EquinoxNetwork, sequential])
+@pytest.mark.parametrize("make", [EquinoxNetwork, sequential, partial(EquinoxNetwork, bias=True)])
 def test_equinox_batch_mode_holds_our_numbers_and_computes_the_same(make):
     variables = random_variables(NORM)
     model, state = to_equinox(variables, *equinox_network(make))
@@ -232,10 +266,11 @@ def test_equinox_ema_mode_evaluates_the_same():
     close(y, apply(NORM, variables, X, train=False)[0])
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mode", ["batch", "ema"])
-def test_equinox_trained_network_evaluates_the_same_here(mode):
+def test_equinox_trained_network_evaluates_the_same_here(mode, bias):
     """In `mode="batch"` the statistics are divided by 1 - momentum**2 on the way."""
-    model, state = equinox_network(mode=mode)
+    model, state = equinox_network(mode=mode, bias=bias)
     for x in (X, 3 * X):
         _, state = equinox_apply(model, state, x)
     variables = from_equinox(model, state)
@@ -263,11 +298,11 @@ def test_equinox_leaves_the_callers_model_and_state_alone():
 
 def test_equinox_refuses_variables_of_another_network():
     variables = random_variables(NORM)
-    with pytest.raises(ValueError, match=r"got \(5,\) for batch_stats/norm_0/mean .* has nothing"):
+    with pytest.raises(ValueError, match=r"got nothing for params/dense_0/bias .* has \(5,\)"):
         to_equinox(variables, *equinox_network(mode=None))
     with pytest.raises(ValueError, match="got 0 linear layers and 0 batch norms; expected an MLP"):
         from_equinox(eqx.nn.Identity(), None)
-    model, state = equinox_network()
+    model, state = equinox_network(mode=None)
     no_bias = eqx.tree_at(lambda model: model.dense[0].bias, model, None)
     with pytest.raises(ValueError, match="got no bias for dense_0"):
         from_equinox(no_bias, state)

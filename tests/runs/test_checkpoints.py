@@ -124,6 +124,18 @@ def test_another_model(directory):
     assert listing(directory) == before
 
 
+def test_biases_before_norms(directory):
+    """Of an earlier version: the line says so, where the vector of Adam's moments would differ first."""
+    layers = {"dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "norm_0": {"bias": jnp.ones(3)}}
+    old = State(jnp.int32(1), layers, (jnp.zeros(12),))
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        checkpoints.save(1, old, META)
+    template = State(jnp.int32(0), layers | {"dense_0": {"kernel": jnp.ones((2, 3))}}, (jnp.zeros(9),))
+    for attempt in (lambda: restore(directory, 1, template), lambda: restore_latest(directory, template)):
+        with pytest.raises(RunError, match=r"1: params/dense_0/bias: got a bias, expected none: earlier .*before a norm"):
+            attempt()
+
+
 # What is kept.
 
 

@@ -155,6 +155,25 @@ def test_longer_continues_a_finished_run(train, workdir, undisturbed):
     assert "config.train.num_epochs: 7.0 -> 5.0" in lines[0]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_longer_beside_longer_from_the_start(train, workdir, tmp_path, capsys, schedule):
+    """Constant rates: the same bits. A cosine: the rates of the longer run, but only from the restored step on."""
+    flag, longer = f"--config.optimizer.schedule={schedule}", "--config.train.num_epochs=7"
+    from_start = tmp_path / "from_start"
+    assert train(flag)[0] == 0
+    assert train(flag, longer)[0] == 0
+    assert command(capsys, "train", CONFIG, f"--workdir={from_start}", flag, longer)[0] == 0
+    got, expected = outcome(workdir), outcome(from_start)
+    if schedule == "constant":
+        assert got == expected
+    else:
+        assert got["states"][42] != expected["states"][42]
+        lines = [result["metrics.jsonl"].decode().splitlines() for result in (got, expected)]
+        rows = [(json.loads(a), json.loads(b)) for a, b in zip(*lines, strict=True)]
+        rates = {a["step"]: (a["learning_rate"], b["learning_rate"]) for a, b in rows if "learning_rate" in a}
+        assert all((a == b) == (step > 30 or step <= 6) for step, (a, b) in rates.items())  # 6 steps of warm-up
+
+
 def test_longer_is_the_same_however_it_is_stopped(train, stop, workdir, undisturbed, tmp_path):
     longer = "--config.train.num_epochs=7"
     shutil.copytree(undisturbed, workdir)

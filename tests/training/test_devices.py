@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
+from vmapbn_flax import default_config
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.training import compiler, mesh
@@ -17,10 +18,9 @@ from vmapbn_flax.training.programs import Programs
 
 STEPS = 50
 HIDDEN = (6, 5)
-PARAMETERS = (12 * 6 + 6) + 2 * 6 + (6 * 5 + 5) + 2 * 5 + (5 * 4 + 4)
-# Not Adam: it makes a step of whatever rounding leaves of a gradient that is zero, such as that of a bias in front of
-# a norm.
-SGD = {"optimizer__name": "sgd", "optimizer__learning_rate": 0.05, "train__num_epochs": 20.0, "model__hidden": HIDDEN}
+PARAMETERS = 12 * 6 + 2 * 6 + 6 * 5 + 2 * 5 + (5 * 4 + 4)
+# Adam, which shows more than SGD: it makes steps of full size even of a gradient that is rounding alone.
+CHANGES = {"train__num_epochs": 20.0, "model__hidden": HIDDEN}
 GHOSTS = {"train__batch_size": 24, "model__ghost_batch_size": 8}  # three groups
 
 
@@ -34,22 +34,21 @@ def unoptimised():
 
 @functools.cache
 def make(devices, **changes):
-    config = small.config(**SGD | {"mesh__data": devices} | changes)
+    config = small.config(**CHANGES | {"mesh__data": devices} | changes)
     return Programs([config], small.dataset(), mesh.solo_mesh(config.mesh))
 
 
 @functools.cache
-def first_state(**optimizer):
+def first_state():
     """Of all these runs with batch norm; on the host."""
-    return jax.tree.map(np.array, make(1, **optimizer).create())
+    return jax.tree.map(np.array, make(1).create())
 
 
 @functools.cache
 def trained(devices, **changes):
     """The losses of 50 steps, and parameters, statistics and evaluation after them."""
     programs = make(devices, **changes)
-    optimizer = {name: value for name, value in changes.items() if name.startswith("optimizer")}
-    return train_on(programs, programs.place(first_state(**optimizer)), 0)
+    return train_on(programs, programs.place(first_state()), 0)
 
 
 def train_on(programs, state, first):
@@ -73,18 +72,20 @@ def test_same_numbers(devices):
     assert_equal(trained(devices), trained(1), 1e-5)
 
 
-@pytest.mark.slow
-def test_same_numbers_with_adam():
-    """But for the biases in front of norms, the means that move with them, and what evaluation makes of the two."""
+def test_same_numbers_with_the_default_config():
+    """What README states. Some pixels are black in nearly all images, and Adam enlarges their weights' rounding."""
 
-    def shown(result):
-        layers = {**result["params"], "var": [stats["var"] for stats in result["stats"].values()]}
-        return result["losses"], {
-            name: layer["kernel"] if name.startswith("dense") else layer for name, layer in layers.items()
-        }
+    def train(devices, state=None):
+        config = default_config()
+        config.mesh.data = devices
+        programs = Programs([config], small.mnist(), mesh.solo_mesh(config.mesh))
+        state = jax.device_get(programs.create()) if state is None else state
+        return state, train_on(programs, programs.place(state), 0)
 
-    adam = {"optimizer__name": "adam", "optimizer__learning_rate": 1e-3}
-    assert_equal(shown(trained(8, **adam)), shown(trained(1, **adam)), 1e-5)
+    state, expected = train(1)
+    _, got = train(8, state)
+    assert_equal(got.pop("params"), expected.pop("params"), 3e-5)
+    assert_equal(got, expected, 1e-6)
 
 
 @pytest.mark.parametrize(("devices", "size"), [(4, 18), pytest.param(8, 5, marks=pytest.mark.slow)])
@@ -126,7 +127,7 @@ def test_data_set_of_which_each_device_holds_a_share():
 def test_streamed_data_set(devices, changes):
     """Windows of two batches, of which each device holds its share; batches and ghosts that do not divide."""
     limit = 4.1 * (changes.get("train__batch_size", small.BATCH) * (small.FEATURES + 4)) / 1e9
-    config = small.config(**SGD | changes, mesh__data=devices, data__memory_limit=limit, train__eval_batch_size=5)
+    config = small.config(**CHANGES | changes, mesh__data=devices, data__memory_limit=limit, train__eval_batch_size=5)
     programs = Programs([config], dataclasses.replace(small.dataset(), streamed=True), mesh.solo_mesh(config.mesh))
     assert_equal(train_on(programs, programs.place(first_state()), 0), trained(1, **changes), 1e-5)
     images, labels, _, _ = programs._position(0)
@@ -134,9 +135,10 @@ def test_streamed_data_set(devices, changes):
     assert {shard.data.shape for shard in images.addressable_shards} == {(2, padded // devices, *small.IMAGE)}
     assert {shard.data.shape for shard in labels.addressable_shards} == {(2, padded // devices)}
     counts = [] if padded == config.train.batch_size else COUNTS
-    norms = [] if changes is GHOSTS else norm_collectives()
-    assert collectives(programs)[: len(norms)] == norms
-    assert collectives(programs)[len(norms) + 1 :] == counts
+    if changes is GHOSTS:
+        assert collectives(programs)[1:] == counts
+    else:
+        assert_norm_collectives(collectives(programs), counts)
     programs.close()
 
 
@@ -185,24 +187,31 @@ def collectives(programs, name="train"):
     return found
 
 
-def norm_collectives():
-    """Of a layer of F features: its means, F, and then variances and corrections, 2F; in the backward pass 2F."""
-    forward = [("all-reduce", "f32", n) for width in HIDDEN for n in (width, 2 * width)]
-    return forward + [("all-reduce", "f32", 2 * width) for width in reversed(HIDDEN)]
-
-
 # The gradients but those of the norms' biases, which the backward pass has summed already; the loss, its sum and the
 # number of right answers.
-GRADIENTS = ("all-reduce", "f32", PARAMETERS - sum(HIDDEN) + 3)
+GRADIENTS = PARAMETERS - sum(HIDDEN) + 3
 # Where examples are masked, the numbers of them: in the loss, its metrics, the layers.
 COUNTS = [("all-reduce", "s32", 3), ("all-reduce", "f32", 2)]
+
+
+def assert_norm_collectives(found, counts=()):
+    """Of a layer of F features: its means, F, and then variances and corrections, 2F; in the backward pass 2F.
+
+    One message more has the gradients. Some of them travel with the norms' sums, as the compiler likes.
+    """
+    forward = [("all-reduce", "f32", n) for width in HIDDEN for n in (width, 2 * width)]
+    backward = found[len(forward) : len(found) - len(counts)]
+    assert found[: len(forward)] == forward
+    assert [message[:2] for message in backward] == [("all-reduce", "f32")] * (len(HIDDEN) + 1)
+    assert sum(size for _, _, size in backward) == 2 * sum(HIDDEN) + GRADIENTS
+    assert found[len(found) - len(counts) :] == list(counts)
 
 
 @pytest.mark.parametrize("norm", ["vmap", pytest.param("batched", marks=pytest.mark.slow)])
 def test_collectives_of_a_step(norm):
     programs = make(8, model__norm=norm)
     programs.advance(programs.place(first_state()), 0, 1)
-    assert collectives(programs) == [*norm_collectives(), GRADIENTS]
+    assert_norm_collectives(collectives(programs))
 
 
 def test_the_first_state_is_made_everywhere():
@@ -213,13 +222,13 @@ def test_the_first_state_is_made_everywhere():
 
 def test_collectives_of_a_padded_step():
     trained(4, train__batch_size=18)
-    assert collectives(make(4, train__batch_size=18)) == [*norm_collectives(), GRADIENTS, *COUNTS]
+    assert_norm_collectives(collectives(make(4, train__batch_size=18)), COUNTS)
 
 
 def test_collectives_without_a_norm():
     programs = make(8, model__norm="none")
     programs.advance(programs.create(), 0, 1)
-    assert collectives(programs) == [("all-reduce", "f32", PARAMETERS - 2 * sum(HIDDEN) + 3)]
+    assert collectives(programs) == [("all-reduce", "f32", PARAMETERS - sum(HIDDEN) + 3)]
 
 
 def test_ghost_batches_are_normalised_without_a_collective():
@@ -234,12 +243,9 @@ def test_ghost_batches_are_normalised_without_a_collective():
 def test_collectives_of_a_divided_data_set():
     """One more: it moves as many bytes as a batch has, padded from 16 to 20 examples of 15 features."""
     trained(5, mesh__replicate_limit=0)
-    assert collectives(make(5, mesh__replicate_limit=0)) == [
-        ("all-to-all", "u8", 20 * 15 // 5),  # of each device
-        *norm_collectives(),
-        GRADIENTS,
-        *COUNTS,
-    ]
+    images, *rest = collectives(make(5, mesh__replicate_limit=0))
+    assert images == ("all-to-all", "u8", 20 * 15 // 5)  # of each device
+    assert_norm_collectives(rest, COUNTS)
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (4, 2)])
@@ -266,7 +272,7 @@ def test_restored_on_another_count(tmp_path, before, after):
 def swept(**changes):
     """The mesh of three members, and their states and evaluations after eight epochs."""
     configs = [
-        small.config(**SGD | {"optimizer__learning_rate": rate, "seed": seed} | changes)
+        small.config(**CHANGES | {"optimizer__learning_rate": rate, "seed": seed} | changes)
         for seed, rate in enumerate((0.01, 0.03, 0.05))
     ]
     devices = mesh.member_mesh(configs[0].mesh, len(configs))

@@ -118,7 +118,7 @@ def test_population_statistics_by_hand():
     state = programs.advance(programs.create(), 0, 3)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
     images = small.dataset().train.images.reshape(100, -1) / 255
-    x = images @ params["dense_0"]["kernel"] + params["dense_0"]["bias"]
+    x = images @ params["dense_0"]["kernel"]
     stats = programs.population_statistics(state)
     assert stats.keys() == {"norm_0"}
     np.testing.assert_allclose(stats["norm_0"]["mean"], x.mean(0), rtol=1e-5, atol=1e-7)

@@ -10,6 +10,11 @@ layers and its batch norms in the order in which it applies them:
     variables = from_equinox(model, state)
     model, state = to_equinox(variables, model, state)
 
+A linear layer that a batch norm follows has no bias in `MLP`. If it has one in the other network, it is converted
+without a change of what the network computes, in training or evaluation: from there, the running mean takes it in
+(mean - bias); to there, it is zero. So variables of `MLP` come back bit for bit from either form of network. A
+network comes back bit for bit if these layers have `bias=False` (`use_bias=False`), else with their biases zero.
+
 Activations, epsilon and momentum are not variables and are not converted. PyTorch's `momentum` is 1 minus
 ours. Its running variance is that of `unbiased_running_var=True`.
 """
@@ -24,7 +29,7 @@ import numpy as np
 Variables = Mapping[str, Mapping[str, Any]]
 Layer = dict[str, Any]  # parameters and statistics of one layer, by our names
 
-_TORCH_LINEAR = {"weight": "kernel", "bias": "bias"}
+_TORCH_LINEAR = {"weight": "kernel", "bias": "bias"}  # or without the bias
 _TORCH_STATISTICS = {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
 _TORCH_NORM = {"weight": "scale", "bias": "bias", **_TORCH_STATISTICS}
 
@@ -80,8 +85,11 @@ def to_torch(variables: Variables, like: Mapping[str, Any]) -> dict[str, Any]:
         if "kernel" in layer:
             layer["kernel"] = layer["kernel"].T
         for theirs, ours in names.items():
+            tensor = like[prefix + theirs]
             if ours in layer:
-                state_dict[prefix + theirs] = _to_tensor(layer[ours], like[prefix + theirs])
+                state_dict[prefix + theirs] = _to_tensor(layer[ours], tensor)
+            elif ours == "bias":
+                state_dict[prefix + theirs] = tensor.new_zeros(tensor.shape)
     return state_dict
 
 
@@ -136,7 +144,8 @@ def to_equinox(variables: Variables, model: Any, state: Any) -> tuple[Any, Any]:
     for layer in _equinox_layers(model):
         if isinstance(layer, eqx.nn.Linear):
             fields = next(dense)
-            weights = (fields["kernel"].T, fields["bias"])
+            bias = None if layer.bias is None else fields.get("bias", jnp.zeros_like(layer.bias))
+            weights = (fields["kernel"].T, bias)
         else:
             fields = next(norm)
             weights = (fields.get("scale"), fields.get("bias"))
@@ -147,8 +156,7 @@ def to_equinox(variables: Variables, model: Any, state: Any) -> tuple[Any, Any]:
             else:
                 state = state.set(layer.ema_state_index, statistics)
                 state = state.set(layer.ema_first_time_index, jnp.array(False))
-        if weights != (None, None):
-            layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, weights)
+        layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, weights, is_leaf=lambda leaf: leaf is None)
         replaced.append(layer)
     return eqx.tree_at(_equinox_layers, model, replaced), state
 
@@ -164,19 +172,24 @@ def _join(dense: list[Layer], norm: list[Layer]) -> dict[str, Any]:
     names = [*(f"dense_{i}" for i in range(len(dense) - 1)), "logits"]
     width = None
     for i, (name, layer) in enumerate(zip(names, dense, strict=True)):
-        if "bias" not in layer:
-            raise ValueError(f"got no bias for {name}; expected one: every linear layer of MLP has it.")
         if width not in (None, len(layer["kernel"])):
             raise ValueError(f"got {len(layer['kernel'])} inputs of {name}; expected {width}, as before it.")
         width = layer["kernel"].shape[1]
-        params[name] = layer
+        if "bias" in layer and layer["bias"].shape != (width,):
+            raise ValueError(f"got a bias of shape {layer['bias'].shape} for {name}; expected ({width},).")
         if i < len(norm):
             if norm[i]["mean"].shape != (width,):
                 raise ValueError(f"got statistics of shape {norm[i]['mean'].shape} for norm_{i}; expected ({width},).")
             affine: Layer = {entry: norm[i][entry] for entry in ("scale", "bias") if entry in norm[i]}
             statistics[f"norm_{i}"] = {entry: norm[i][entry] for entry in norm[i] if entry not in affine}
+            if "bias" in layer:  # norm(x + bias) is norm(x) with the mean of x
+                statistics[f"norm_{i}"]["mean"] -= layer["bias"]
+                layer = {"kernel": layer["kernel"]}
             if affine:
                 params[f"norm_{i}"] = affine
+        elif "bias" not in layer:
+            raise ValueError(f"got no bias for {name}; expected one: only a linear layer before a batch norm has none.")
+        params[name] = layer
     return {"params": params, "batch_stats": statistics} if norm else {"params": params}
 
 
@@ -211,11 +224,11 @@ def _torch_layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         tensors.setdefault(prefix + dot, {})[entry] = tensor
     layers = {}
     for prefix, entries in tensors.items():
-        linear = entries.keys() == _TORCH_LINEAR.keys() and entries["weight"].ndim == 2
+        linear = entries.keys() in ({"weight"}, _TORCH_LINEAR.keys()) and entries["weight"].ndim == 2
         if not linear and entries.keys() not in (_TORCH_NORM.keys(), _TORCH_STATISTICS.keys()):
             raise ValueError(
                 f"got {prefix + '*'!r} with {', '.join(entries)}; expected {', '.join(_TORCH_LINEAR)} of a "
-                f"Linear, or {', '.join(_TORCH_NORM)} of a BatchNorm1d."
+                f"Linear, whose bias may be missing before a batch norm, or {', '.join(_TORCH_NORM)} of a BatchNorm1d."
             )
         names = _TORCH_LINEAR if linear else _TORCH_NORM
         layers[prefix] = {entry: names[entry] for entry in entries}

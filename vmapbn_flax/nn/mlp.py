@@ -12,6 +12,9 @@ from vmapbn_flax.nn.vmap_batch import zero_masked
 class MLP(nn.Module):
     """A multilayer perceptron for one example: dense, norm, sigmoid, ..., dense.
 
+    A dense layer that a norm follows has no bias, because the norm subtracts it with the mean (Ioffe & Szegedy,
+    2015, section 3.2). Its gradient would be rounding alone, of which Adam makes steps of full size.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from vmapbn_flax import MLP, VmapBatch
@@ -19,6 +22,8 @@ class MLP(nn.Module):
       >>> variables = model.init(jax.random.key(0), jnp.ones(784), train=False)
       >>> model.apply(variables, jnp.ones(784), train=False).shape
       (10,)
+      >>> jax.tree.map(jnp.shape, variables["params"]["dense_0"])
+      {'kernel': (784, 100)}
       >>> VmapBatch(model).apply(variables, jnp.ones((128, 784)), train=False).shape
       (128, 10)
 
@@ -51,7 +56,7 @@ class MLP(nn.Module):
 
     def _logits(self, x: Array, train: bool, mask: Array | None) -> Array:
         for i, width in enumerate(self.hidden):
-            x = nn.Dense(width, name=f"dense_{i}")(x)
+            x = nn.Dense(width, use_bias=self.norm is None, name=f"dense_{i}")(x)
             if self.norm is not None:
                 x = self.norm(name=f"norm_{i}")(x, train=train, mask=mask)
             x = nn.sigmoid(x)

@@ -233,6 +233,12 @@ def _to_arrays(state: Any) -> Arrays:
 def _from_arrays(arrays: Arrays, template: State, path: Path) -> State:
     expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(template).items()}
     got = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    surplus = [name for name in got if name.startswith("params/") and name not in expected]
+    if surplus and all(name.endswith("/bias") for name in surplus) and not {*expected} - {*got}:
+        raise RunError(
+            f"{path}: {surplus[0]}: got a bias, expected none: earlier versions had one, without effect, before a "
+            f"norm. Continue with the version that trained this checkpoint, or train again in another --workdir."
+        )
     for name in dict.fromkeys([*expected, *got]):
         if expected.get(name) != got.get(name):
             describe = {key: _describe(side.get(name)) for key, side in (("got", got), ("expected", expected))}

@@ -15,7 +15,7 @@ class MLP(eqx.Module):
 
     def __init__(self, num_features: int, key: jax.Array):
         widths, keys = (num_features, *HIDDEN), jax.random.split(key, len(HIDDEN) + 1)
-        self.dense = [eqx.nn.Linear(widths[i], width, key=keys[i]) for i, width in enumerate(HIDDEN)]
+        self.dense = [eqx.nn.Linear(widths[i], width, use_bias=False, key=keys[i]) for i, width in enumerate(HIDDEN)]
         self.norms = [eqx.nn.BatchNorm(width, axis_name="batch", mode="batch") for width in HIDDEN]
         self.logits = eqx.nn.Linear(HIDDEN[-1], CLASSES, key=keys[-1])
 

@@ -19,7 +19,7 @@ class TrainingState(NamedTuple):
 def network(images: jax.Array, is_training: bool) -> jax.Array:
     x = images.astype(jnp.float32) / 255
     for width in HIDDEN:
-        x = hk.Linear(width)(x)
+        x = hk.Linear(width, with_bias=False)(x)
         x = hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=0.99)(x, is_training)
         x = jax.nn.sigmoid(x)
     return hk.Linear(CLASSES)(x)

@@ -16,7 +16,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = x.astype(jnp.float32) / 255
         for width in HIDDEN:
-            x = nn.Dense(width)(x)
+            x = nn.Dense(width, use_bias=False)(x)
             x = nn.BatchNorm(use_running_average=not train)(x)
             x = nn.sigmoid(x)
         return nn.Dense(CLASSES)(x)

@@ -14,7 +14,7 @@ class MLP(nnx.Module):
     def __init__(self, num_features: int, rngs: nnx.Rngs):
         widths = (num_features, *HIDDEN)
         pairs = itertools.pairwise(widths)
-        self.dense = nnx.List([nnx.Linear(inputs, outputs, rngs=rngs) for inputs, outputs in pairs])
+        self.dense = nnx.List([nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs) for inputs, outputs in pairs])
         self.norms = nnx.List([nnx.BatchNorm(width, rngs=rngs) for width in HIDDEN])
         self.logits = nnx.Linear(HIDDEN[-1], CLASSES, rngs=rngs)
 

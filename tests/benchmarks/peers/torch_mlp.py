@@ -16,7 +16,7 @@ def make(images: np.ndarray, labels: np.ndarray) -> Peer:
     widths = (images.shape[1], *HIDDEN)
     layers = []
     for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.Sigmoid()]
+        layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.Sigmoid()]
     model = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], CLASSES))
     loss_fn = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
