@@ -19,14 +19,15 @@ class ConvNet(nn.Module):
     the last block, so that the variables fit images of one size.
 
     Examples:
+      >>> from functools import partial
       >>> import jax, jax.numpy as jnp
       >>> from vmapbn_flax import ConvNet, VmapBatch
-      >>> model, images = ConvNet(num_classes=10, features=(8, 16)), jnp.ones((32, 28, 28, 1))
-      >>> variables = model.init(jax.random.key(0), images[0], train=False)
-      >>> model.apply(variables, images[0], train=False).shape
+      >>> model, images = ConvNet(num_classes=10), jnp.ones((128, 28, 28, 1))
+      >>> variables = jax.eval_shape(partial(model.init, jax.random.key(0), train=False), images[0])
+      >>> jax.eval_shape(partial(model.apply, train=False), variables, images[0]).shape
       (10,)
-      >>> VmapBatch(model).apply(variables, images, train=False).shape
-      (32, 10)
+      >>> jax.eval_shape(partial(VmapBatch(model).apply, train=False), variables, images).shape
+      (128, 10)
 
     Attributes:
       num_classes: width of the output.

@@ -139,10 +139,10 @@ class ResidualBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, mask: Mask | None) -> tuple[Array, Mask | None]:
+    def __call__(self, x: Array, *, train: bool, mask: Mask | None) -> tuple[Array, Array | None]:
         """The block's result and its mask."""
         layer = partial(images.conv_norm, norm=self.norm, train=train, dtype=self.dtype)
-        last = {"scale_init": nn.initializers.zeros} if self.zero_scale else {}
+        last: dict[str, Any] = {"scale_init": nn.initializers.zeros} if self.zero_scale else {}
         if self.bottleneck:
             plan = [(self.features, 1, 1, {}), (self.features, 3, self.stride, {}), (4 * self.features, 1, 1, last)]
         else:
