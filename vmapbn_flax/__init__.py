@@ -8,11 +8,32 @@ from those after it: `cli`, `sweeps`, `runs`, `multihost`, `training`, `data`, `
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmapbn_flax.defaults import default_config
-    from vmapbn_flax.nn import MLP, BatchedBatchNorm, BatchedMLP, BatchNorm, VmapBatch
+    from vmapbn_flax.nn import (
+        MLP,
+        BatchedBatchNorm,
+        BatchedConvNet,
+        BatchedMLP,
+        BatchedResNet,
+        BatchNorm,
+        ConvNet,
+        ResNet,
+        VmapBatch,
+    )
 
     __version__: str
 
-__all__ = ["MLP", "BatchNorm", "BatchedBatchNorm", "BatchedMLP", "VmapBatch", "default_config"]
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "BatchedBatchNorm",
+    "BatchedConvNet",
+    "BatchedMLP",
+    "BatchedResNet",
+    "ConvNet",
+    "ResNet",
+    "VmapBatch",
+    "default_config",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,10 +1,22 @@
-"""The layer and the networks, as modules of Flax Linen: `batch_norm`, `vmap_batch`, `mlp`, `convert`.
+"""The layer, the lift and the networks, as modules of Flax Linen, and `convert` for those of other libraries.
 
 Uses jax, flax and numpy, and no other room of this package.
 """
 
 from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm
+from vmapbn_flax.nn.conv_net import BatchedConvNet, ConvNet
 from vmapbn_flax.nn.mlp import MLP, BatchedMLP
+from vmapbn_flax.nn.resnet import BatchedResNet, ResNet
 from vmapbn_flax.nn.vmap_batch import VmapBatch
 
-__all__ = ["MLP", "BatchNorm", "BatchedBatchNorm", "BatchedMLP", "VmapBatch"]
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "BatchedBatchNorm",
+    "BatchedConvNet",
+    "BatchedMLP",
+    "BatchedResNet",
+    "ConvNet",
+    "ResNet",
+    "VmapBatch",
+]
