@@ -1,5 +1,6 @@
 """The `--config` flag: a config file of ml_collections, with overrides, or one line that says what is wrong."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,15 @@ from ml_collections import ConfigDict, config_flags
 
 from vmapbn_flax.errors import UsageError, UserError
 
+_SAVED = "saved.py"  # the name of the config file whose argument is a workdir
+
 
 def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     """The config that `--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...` describes, and the default workdir.
 
-    The default workdir is `runs/<name of the file>`, or the argument of a file that takes a workdir, such as
-    `configs/saved.py`. The file can import modules of the current directory.
+    The default workdir is `runs/<name of the file>`, or `runs/<name of the file>_<argument>`. The argument of a file
+    called `saved.py`, such as `configs/saved.py`, is itself the workdir. The file can import modules of the current
+    directory.
 
     Raises:
       UsageError: a flag, a field, a value or the file is wrong.
@@ -42,8 +46,16 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
             f"Return one made from vmapbn_flax.default_config()."
         )
     config.lock()
-    path, _, workdir = source.partition(":")
-    return config, Path(workdir) if workdir else Path("runs") / Path(path).stem
+    return config, _default_workdir(source)
+
+
+def _default_workdir(source: str) -> Path:
+    """The workdir of the config file and argument in `source`; no argument but that of `saved.py` leaves `runs/`."""
+    file, _, argument = source.partition(":")
+    if argument and Path(file).name == _SAVED:
+        return Path(argument)
+    suffix = "_" + re.sub(r"[^\w.,=+-]", "_", argument) if argument else ""
+    return Path("runs") / (Path(file).stem + suffix)
 
 
 def _explain(error: Exception) -> str:
@@ -51,6 +63,8 @@ def _explain(error: Exception) -> str:
     if isinstance(error, config_flags.config_flags.UnparsedFlagError):
         return "got no --config, expected a config file, such as --config=configs/vmap_bn.py"
     text = str(error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"got the unknown flag --{error.flagname}, expected --config, --config.FIELD, or one that --help lists"
     if isinstance(error, KeyError | AttributeError):  # an unknown field, quoted once or twice
         lines = [line.strip(" '\"\\") for line in text.replace("\\n", "\n").splitlines()]
         return f"got an unknown field ({': '.join(lines)}), expected one of vmapbn_flax.default_config()"
