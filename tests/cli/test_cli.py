@@ -13,7 +13,9 @@ import pytest
 
 from tests.helpers import small
 from tests.helpers.runs import CONFIG, command
+from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.cli.main import main
+from vmapbn_flax.cli.parser import make_parser
 from vmapbn_flax.data import bundled
 from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import saved_steps
@@ -121,7 +123,7 @@ def test_config_values_and_data(capsys, workdir, tmp_path, monkeypatch, flags, m
 
 # The command line itself.
 COMMANDS = {
-    "no command": ([], "command"),
+    "no command": ([], "required: command; usage: .*{train,evaluate,refresh,parity,selftest,plot,report}"),
     "unknown command": (["trian"], "invalid choice: 'trian'"),
     "no --config": (["train"], "got no --config, expected a config file, such as --config=configs/vmap_bn.py"),
     "empty --config": (["train", "--config="], "got a config file that cannot be read"),
@@ -141,9 +143,9 @@ COMMANDS = {
     "value for a section": (["train", TINY, "--config.model=5"], "--config.model=5"),
     "stray argument": (["train", TINY, "more"], "got the stray argument 'more', expected only flags"),
     "stray argument first": (["train", "configs/tiny.py", TINY], "got the stray argument 'configs/tiny.py'"),
-    "unknown flag": (["train", TINY, "--sede=1"], "Unknown command line flag 'sede'"),
-    "unknown short flag": (["train", TINY, "-q"], "Unknown command line flag 'q'"),
-    "abbreviated flag": (["train", TINY, "--work=x"], "Unknown command line flag 'work'"),
+    "unknown flag": (["train", TINY, "--sede=1"], "got the unknown flag --sede, expected --config"),
+    "unknown short flag": (["train", TINY, "-q"], "got the unknown flag --q"),
+    "abbreviated flag": (["train", TINY, "--work=x"], "got the unknown flag --work,"),
     "empty workdir": (["train", TINY, "--workdir="], "--workdir: got an empty path"),
     "workdir without a value": (["train", TINY, "--workdir"], "--workdir: expected one argument"),
     "no workdir": (["evaluate"], "required: workdir"),
@@ -153,6 +155,7 @@ COMMANDS = {
     "unknown flag to refresh": (["refresh", "run", "--fast"], "got the unknown argument '--fast'"),
     "no output": (["plot", "run"], "required: -o/--output"),
     "no runs": (["plot", "-o", "x.png"], "required: workdir"),
+    "workdir for a selftest": (["selftest", TINY, "--workdir=x"], "got the unknown flag --workdir"),
     "selftest of a sweep": (
         ["selftest", "--config=configs/sweep_lr.py"],
         "config.sweep: got values of .*learning_rate",
@@ -232,8 +235,6 @@ def test_config_files(capsys, tmp_path, workdir, monkeypatch, text, message):
 def finished(tmp_path_factory, small_data):
     """A workdir with a finished run of few steps."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    from vmapbn_flax.cli.flags import parse_config
-
     run.train(parse_config([CONFIG, "--config.train.num_epochs=1"])[0], workdir)
     return workdir
 
@@ -507,7 +508,7 @@ def test_help(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     for part in (
-        "usage: python train.py --config=FILE",
+        "usage: vmapbn-flax train --config=FILE",
         "--config.FIELD=VALUE",
         "configs/saved.py",
         "--workdir",
@@ -518,12 +519,43 @@ def test_help(capsys):
         assert (ROOT / path).exists()
 
 
+def test_every_command_and_argument_is_described():
+    parser = make_parser()
+    (commands,) = (action for action in parser._actions if action.dest == "command")
+    assert set(commands.choices) == {"train", "evaluate", "refresh", "parity", "selftest", "plot", "report"}
+    for name, subparser in commands.choices.items():
+        text = subparser.format_help()
+        assert text.startswith(f"usage: vmapbn-flax {name} ")
+        assert subparser.description
+        assert [action.dest for action in subparser._actions if not action.help] == []
+        assert ("--config=FILE" in text) == subparser.get_default("takes_config")
+
+
+ARGUMENTS = {
+    "mine.py": "runs/mine",
+    "mine.py:": "runs/mine",
+    "mine.py:large": "runs/mine_large",
+    "mine.py:width=8,depth=2": "runs/mine_width=8,depth=2",
+    "mine.py:/tmp/large": "runs/mine__tmp_large",
+    "mine.py:../../large": "runs/mine_.._.._large",
+    "mine.py:..": "runs/mine_..",
+    "saved.py:elsewhere/large": "elsewhere/large",
+}
+
+
+@pytest.mark.parametrize(("source", "expected"), ARGUMENTS.items(), ids=ARGUMENTS.keys())
+def test_default_workdir(tmp_path, monkeypatch, source, expected):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    text = "from vmapbn_flax import default_config\ndef get_config(argument=''): return default_config()\n"
+    (tmp_path / source.partition(":")[0]).write_text(text)
+    assert parse_config([f"--config={tmp_path}/{source}"])[1] == Path(expected)
+
+
 def test_compiled_programs_are_kept(tmp_path):
-    """In the user's cache directory, for the next process, which gets the same numbers; damaged ones are replaced."""
+    """In the user's cache directory, for the next process, which gets the same numbers."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     argv = ["--config=configs/tiny.py", "--config.train.num_epochs=0.1", "--config.optimizer.warmup_epochs=0.0"]
-    directory = tmp_path / "cache" / "vmapbn_flax"
 
     def train(number):
         """The sizes of the entries, the metrics and the warnings after a run."""
@@ -531,17 +563,10 @@ def test_compiled_programs_are_kept(tmp_path):
         command = [sys.executable, "train.py", *argv, f"--workdir={workdir}"]
         said = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stderr
         warned = [line for line in said.splitlines() if "arning" in line]
-        sizes = {path.name: path.stat().st_size for path in directory.glob("*-cache")}
-        return sizes, (workdir / "metrics.jsonl").read_bytes(), warned
+        entries = (tmp_path / "cache" / "vmapbn_flax").glob("*-cache")
+        return {path.name: path.stat().st_size for path in entries}, (workdir / "metrics.jsonl").read_bytes(), warned
 
     first = train(0)
     assert any("train_steps" in name for name in first[0])
     assert first[2] == []
     assert train(1) == first
-    (torn,) = directory.glob("jit_train_steps-*-cache")
-    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
-    sizes, metrics, warned = train(2)
-    assert (sizes.keys(), metrics) == (first[0].keys(), first[1])
-    assert torn.stat().st_size > 0.9 * first[0][torn.name]
-    assert len(warned) == 1
-    assert warned[0].startswith(f"warning: {directory}: reading the compiled program 'jit_train_steps' failed")

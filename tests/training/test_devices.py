@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 
 import jax
@@ -306,6 +307,32 @@ def test_padded_members_on_two_devices():
         found.append(programs.snapshot(state))
     small.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
     assert {array.shape[0] for array in jax.tree.leaves(found[1])} == {3}
+
+
+DIVIDED = [  # cores; processes; mesh.member and mesh.data of a sweep; CPU devices
+    (1, 1, 0, 0, 1),
+    (6, 1, 0, 0, 6),
+    (1, 1, 4, 2, 8),  # README's command on one core
+    (1, 1, 0, 2, 2),
+    (6, 1, 1, 2, 6),
+    (1, 2, 4, 2, 4),
+]
+
+
+@pytest.mark.parametrize("affinity", [True, False], ids=["Linux", "macOS"])
+@pytest.mark.parametrize(("cores", "processes", "member", "data", "devices"), DIVIDED)
+def test_cpu_devices_of_a_sweep(monkeypatch, affinity, cores, processes, member, data, devices):
+    """One a core, or as many as the config asks for."""
+    if affinity:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    divided = []
+    monkeypatch.setattr(jax.config, "update", lambda name, number: divided.append((name, number)))
+    config = small.config(mesh__member=member, mesh__data=data)
+    mesh.divide_cpu(config.mesh, sweep=True, processes=processes)
+    assert divided == [("jax_num_cpu_devices", devices)]
 
 
 def test_more_devices_than_there_are():

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,10 @@ def prepare() -> None:
     atexit.register(gc.freeze)  # a search of JAX for garbage at exit takes half a second
     keep_compiled_programs()
     _quieten_orbax()
+    # Without a home directory matplotlib uses a temporary one, and says so.
+    logging.getLogger("matplotlib").addFilter(
+        lambda record: "created a temporary cache directory" not in record.getMessage()
+    )
 
 
 def import_from_here() -> None:
@@ -53,30 +58,41 @@ def keep_compiled_programs() -> None:
     """Makes JAX, when it is imported, cache compiled programs on the disk; the user's settings of JAX win.
 
     JAX writes an entry in place, and only once. An entry that a kill or a full disk cut short would be found damaged,
-    and its program compiled, at every start. Such an entry is removed when JAX warns of it, and then written anew.
+    and its program compiled, at every start. Where the directory is this program's, such an entry is removed when JAX
+    warns of it, and then written anew.
     """
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower() in ("0", "f", "false", "n", "no", "off"):
         return
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(OSError, RuntimeError):  # no cache where none can be written
-            directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
+            directory = _own_cache()
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-    warnings.showwarning = _remove_damaged
+    warnings.showwarning = _show_damage
 
 
-def _remove_damaged(message: Any, *arguments: Any, show: Callable = warnings.showwarning, **more: Any) -> None:
-    """Shows a warning. One about the cache becomes a line, and the entries of its program are removed."""
+def _own_cache() -> Path:
+    """The directory that only this program caches in; a RuntimeError if there is no home directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmapbn_flax"
+
+
+def _show_damage(message: Any, *arguments: Any, show: Callable = warnings.showwarning, **more: Any) -> None:
+    """Shows a warning. One about the cache becomes a line that names the entry, which is removed if it is our own."""
     failed = _FAILED.match(str(message))
     if not failed:
         show(message, *arguments, **more)
         return
     action, program, reason = failed.groups()
-    directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", os.devnull))
-    with contextlib.suppress(OSError):
-        for entry in directory.glob(f"{program}-*-cache"):
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    # JAX's message has the name of the program, which many entries share.
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(sys.exc_info()[2])]
+    entry = Path(directory, next((f"{names['cache_key']}-cache" for names in frames if "cache_key" in names), ""))
+    remedy = "it is compiled again"
+    with contextlib.suppress(OSError, RuntimeError):
+        if directory == str(_own_cache()):
             entry.unlink(missing_ok=True)
+        else:  # another program may have written it
+            remedy = "it is compiled at every start until you remove that file"
     reason = " ".join(reason.split())[:200]
-    text = f"warning: {directory}: {action} the compiled program {program!r} failed ({reason}); it is compiled again"
-    print(text, file=sys.stderr)
+    print(f"warning: {entry}: {action} the compiled program {program!r} failed ({reason}); {remedy}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The `--config` flag: a config file of ml_collections, with overrides, or one line that says what is wrong."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from vmapbn_flax.errors import UsageError, UserError
 from vmapbn_flax.networks import choose_network, untrusted
 
 _PROGRAM = "train.py"  # absl skips the first argument
+_SAVED = "saved.py"  # the name of the config file whose argument is a workdir
 
 
 def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
     """The config that `--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...` describes, and the default workdir.
 
-    The default workdir is `runs/<name of the file>`, or the argument of a file that takes a workdir, such as
-    `configs/saved.py`. The file can import modules of the current directory.
+    The default workdir is `runs/<name of the file>`, or `runs/<name of the file>_<argument>`. The argument of a file
+    called `saved.py`, such as `configs/saved.py`, is itself the workdir. The file can import modules of the current
+    directory.
 
     Raises:
       UsageError: a flag, a field, a value or the file is wrong.
@@ -33,8 +36,7 @@ def parse_config(arguments: Sequence[str]) -> tuple[ConfigDict, Path]:
         raise UsageError(_explain(error)) from error
     if stray:
         raise UsageError(f"got the stray argument {stray[0]!r}, expected only flags, such as --config.seed=1")
-    path, _, workdir = source.partition(":")
-    return config, Path(workdir) if workdir else Path("runs") / Path(path).stem
+    return config, _default_workdir(source)
 
 
 def _read_file(arguments: Sequence[str]) -> tuple[ConfigDict, str, list[str]]:
@@ -74,11 +76,22 @@ def _override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     return values(rest)[1:]
 
 
+def _default_workdir(source: str) -> Path:
+    """The workdir of the config file and argument in `source`; no argument but that of `saved.py` leaves `runs/`."""
+    file, _, argument = source.partition(":")
+    if argument and Path(file).name == _SAVED:
+        return Path(argument)
+    suffix = "_" + re.sub(r"[^\w.,=+-]", "_", argument) if argument else ""
+    return Path("runs") / (Path(file).stem + suffix)
+
+
 def _explain(error: Exception) -> str:
     """One line that says what is wrong, from an error of absl, ml_collections or a config file."""
     if isinstance(error, config_flags.config_flags.UnparsedFlagError):
         return "got no --config, expected a config file, such as --config=configs/vmap_bn.py"
     text = str(error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"got the unknown flag --{error.flagname}, expected --config, --config.FIELD, or one that --help lists"
     if isinstance(error, KeyError | AttributeError):  # an unknown field, quoted once or twice
         lines = [line.strip(" '\"\\") for line in text.replace("\\n", "\n").splitlines()]
         return f"got an unknown field ({': '.join(lines)}), expected one of vmapbn_flax.default_config()"

@@ -24,8 +24,10 @@ def console_script() -> int:
 def main(argv: Sequence[str], started: float | None = None) -> int:
     """Runs one command and returns its exit status; an error is one line on standard error."""
     started = time.monotonic() if started is None else started
-    environment.prepare()
     try:
+        if sys.platform == "win32":
+            raise UsageError("got Windows, expected Linux or macOS. Use the Windows Subsystem for Linux (WSL).")
+        environment.prepare()
         with signals.fatal():
             return _run(argv, started)
     except UserError as error:

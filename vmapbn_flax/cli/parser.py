@@ -2,22 +2,21 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vmapbn_flax.errors import UsageError
 
+_CONFIG = "--config=FILE [--config.FIELD=VALUE ...]"
 _CONFIG_HELP = """\
   --config=FILE         the config: configs/vmap_bn.py, configs/batched_bn.py, configs/no_bn.py, a file of your own
+  --config=FILE:ARGUMENT
+                        passes a text to the file's get_config()
   --config=configs/saved.py:DIRECTORY
                         the config that the run in DIRECTORY was made with, to continue it
   --config.FIELD=VALUE  changes a field of vmapbn_flax.default_config()
 
 examples:
-  python train.py --config=configs/vmap_bn.py
-  python train.py --config=configs/vmap_bn.py --config.optimizer.learning_rate=3e-3 --workdir=runs/slower
-  python train.py --config=configs/saved.py:runs/slower --config.train.num_epochs=40"""
-
-_NETWORK_HELP = "the name of the run's network, if that is a module of your own: package.module:Class"
+"""
 
 
 def _path(text: str) -> Path:
@@ -35,47 +34,82 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vmapbn-flax",
         description="Trains networks with batch norm that are written one example at a time, and evaluates them.",
+        epilog="`vmapbn-flax command --help` describes a command. `python -m vmapbn_flax` is the same program; "
+        "`python train.py`, in a clone, is short for `vmapbn-flax train`.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser(
+    def add(name: str, summary: str, more: str = "", *, config: str = "") -> argparse.ArgumentParser:
+        """Adds a command; `config` has the examples of one that takes a config."""
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary.capitalize()}. {more}".strip(),
+            usage=f"vmapbn-flax {name} {_CONFIG}" if config else None,
+            epilog=_CONFIG_HELP + config if config else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(takes_config=bool(config))
+        return command
+
+    command = add(
         "train",
-        help="train or resume one run",
-        description="Trains the run that a config describes. The same command resumes one that was stopped.",
-        usage="python train.py --config=FILE [--config.FIELD=VALUE ...] [--workdir=DIRECTORY]",
-        epilog=_CONFIG_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "train or resume a run or a sweep",
+        "The same command resumes one that was stopped.",
+        config="""\
+  vmapbn-flax train --config=configs/vmap_bn.py
+  vmapbn-flax train --config=configs/vmap_bn.py --config.optimizer.learning_rate=3e-3 --workdir=runs/slower
+  vmapbn-flax train --config=configs/saved.py:runs/slower --config.train.num_epochs=40""",
     )
-    command.add_argument("--workdir", type=_path, help="where the run lives; default: runs/<config name>")
-    command.set_defaults(command="train", takes_config=True)
+    command.usage = f"{command.usage} [--workdir=DIRECTORY]"
+    command.add_argument(
+        "--workdir",
+        type=_path,
+        metavar="DIRECTORY",
+        help="where the run lives; default: runs/<name of the config file>, with _<argument> if it has one",
+    )
 
-    command = commands.add_parser("evaluate", help="evaluate a checkpoint", allow_abbrev=False)
-    command.add_argument("workdir", type=_path)
-    command.add_argument("--step", type=int, help="default: the newest checkpoint")
-    command.add_argument("--network", help=_NETWORK_HELP)
-    command.add_argument("--norm", choices=("vmap", "batched"), help="default: as the run was trained")
-    command.set_defaults(command="evaluate", takes_config=False)
+    workdir: dict[str, Any] = {"type": _path, "metavar": "workdir", "help": "of a run, such as runs/vmap_bn"}
+    step: dict[str, Any] = {"type": int, "help": "of the checkpoint; default: the newest"}
+    network: dict[str, Any] = {
+        "metavar": "MODULE:CLASS",
+        "help": "the run's network, if it is a module of your own: a workdir cannot have code imported",
+    }
 
-    command = commands.add_parser("refresh", help="recompute running statistics exactly", allow_abbrev=False)
-    command.add_argument("workdir", type=_path)
-    command.add_argument("--step", type=int, help="default: the newest checkpoint")
-    command.add_argument("--network", help=_NETWORK_HELP)
-    command.set_defaults(command="refresh", takes_config=False)
+    command = add("evaluate", "evaluate a checkpoint", "Prints loss and accuracy on the validation and test images.")
+    command.add_argument("workdir", **workdir)
+    command.add_argument("--step", **step)
+    command.add_argument("--network", **network)
+    command.add_argument(
+        "--norm", choices=("vmap", "batched"), help="variant of the network; default: as the run was trained"
+    )
 
-    command = commands.add_parser("parity", help="compare the vmapped and the batched network", allow_abbrev=False)
-    command.set_defaults(command="parity", takes_config=True)
+    command = add("refresh", "recompute running statistics exactly", "The result is a workdir, <workdir>/refreshed.")
+    command.add_argument("workdir", **workdir)
+    command.add_argument("--step", **step)
+    command.add_argument("--network", **network)
 
-    command = commands.add_parser("selftest", help="compare a resumed run with an undisturbed one", allow_abbrev=False)
-    command.set_defaults(command="selftest", takes_config=True)
+    add(
+        "parity",
+        "compare the vmapped and the batched network",
+        "Takes up to 100 steps with each, on the same batches. Exits with 1 if a difference is too large.",
+        config="  vmapbn-flax parity --config=configs/vmap_bn.py",
+    )
+    add(
+        "selftest",
+        "compare a resumed run with an undisturbed one",
+        "Trains twice, once with a stop. Exits with 1 if a result differs.",
+        config="  vmapbn-flax selftest --config=configs/tiny.py",
+    )
 
-    command = commands.add_parser("plot", help="draw several runs in one picture", allow_abbrev=False)
-    command.add_argument("workdirs", type=_path, nargs="+", metavar="workdir")
-    command.add_argument("-o", "--output", type=_path, required=True, help="the picture, a .png, .pdf or .svg")
-    command.set_defaults(command="plot", takes_config=False)
+    command = add("plot", "draw several runs in one picture")
+    command.add_argument("workdirs", nargs="+", **workdir)
+    command.add_argument(
+        "-o", "--output", type=_path, required=True, metavar="PICTURE", help="a file that ends in .png, .pdf or .svg"
+    )
 
-    command = commands.add_parser("report", help="rank the members of a sweep and draw them", allow_abbrev=False)
-    command.add_argument("workdir", type=_path)
-    command.set_defaults(command="report", takes_config=False)
+    command = add("report", "rank the members of a sweep and draw them", "The sweep may still be running.")
+    command.add_argument("workdir", **workdir | {"help": "of a sweep, such as runs/sweep_lr"})
     return parser

@@ -1,7 +1,7 @@
 """The one place that writes the figures of a run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vmapbn_flax.files import AppendLog
 from vmapbn_flax.runs.workdir import Workdir
@@ -26,9 +26,9 @@ class MetricWriter:
         self._log.append({"step": step, **finite(scalars)})
         self._events.add_scalars(scalars, step)
 
-    def write_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
-        """Fills TensorBoard's hparams tab; a result of None is NaN there."""
-        self._events.add_hparams(hparams, results)
+    def write_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
+        """Fills TensorBoard's hparams tab, which shows the last of each of the scalars `metrics`."""
+        self._events.add_hparams(hparams, metrics)
 
     def flush(self) -> None:
         self._log.flush()

@@ -98,13 +98,13 @@ class Record:
         return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]), default=None)
 
     def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float], device: str) -> dict[str, Any]:
-        """Writes the last evaluation to TensorBoard's hparams, and the summary; returns the summary."""
+        """Writes TensorBoard's hparams and the summary; returns the summary."""
         best = self.best_row(saved)
         assert best is not None, "the last step is evaluated"
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
-        results = {f"hparam/{name}": value for name, value in evaluation.items() if not name.endswith("_count")}
         if self._writer:
-            self._writer.write_hparams(flat(self.config), results)
+            metrics = [name for name in evaluation if not name.endswith("_count")]
+            self._writer.write_hparams(flat(self.config), metrics)
         self.flush()
         summary = {
             "step": step,

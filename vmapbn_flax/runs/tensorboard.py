@@ -3,11 +3,10 @@
 Its own writer has a thread. When a full disk has ended the thread, the next event waits for ever.
 """
 
-import math
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tensorboardX import summary
@@ -31,14 +30,12 @@ class EventFile(AppendFile):
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._append(step=step, summary=Summary(value=values))
 
-    def add_hparams(self, hparams: Mapping[str, object], results: Mapping[str, float | None]) -> None:
-        """Fills the hparams tab; a result of None is NaN there."""
+    def add_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
+        """Fills the hparams tab, which shows the last of each of the scalars `metrics`."""
         # TensorBoard has no lists, and tensorboardX leaves out values of types that it does not know.
         known = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
-        scalars = {key: math.nan if value is None else value for key, value in results.items()}
-        for part in summary.hparams(known, scalars):
+        for part in summary.hparams(known, dict.fromkeys(metrics)):
             self._append(summary=part)
-        self.add_scalars(scalars)
 
     def _append(self, **content: object) -> None:
         """Writes a TFRecord: the length and the event, each followed by its checksum."""

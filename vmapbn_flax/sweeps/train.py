@@ -42,7 +42,7 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     members = {member.name: member for member in expand(config)}
-    mesh.divide_cpu(config.mesh, sweep=True)
+    mesh.divide_cpu(config.mesh, sweep=True, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
         processes.require_same(facts(without_distributed(config)))

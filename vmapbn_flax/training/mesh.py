@@ -22,13 +22,22 @@ DATA = "data"  # the mesh axis that a batch is split over
 def divide_cpu(mesh: ConfigDict, *, sweep: bool, processes: int = 1) -> None:
     """Sets the number of CPU devices as `config.mesh` says, unless JAX has made its devices already.
 
-    A number in the environment beats the config.
+    The automatic number is what `mesh.data` takes, of all processes together; of a sweep, what `mesh.member` rows of
+    that take, and at least one a core. A number in the environment beats the config.
     """
     environment = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    automatic = len(os.sched_getaffinity(0)) if sweep else -(-mesh.data // processes)
+    rows = max(1, mesh.member) if sweep else 1
+    automatic = max(cores() if sweep else 1, -(-rows * mesh.data // processes))
     if not environment:
         with contextlib.suppress(RuntimeError):  # too late: JAX has made its devices
-            jax.config.update("jax_num_cpu_devices", mesh.cpu_devices or max(1, automatic))
+            jax.config.update("jax_num_cpu_devices", mesh.cpu_devices or automatic)
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has no affinities
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def solo_mesh(mesh: ConfigDict) -> Mesh:
