@@ -284,7 +284,7 @@ def features(**changed):
         (
             {"train": SMALL, "test": SMALL},
             features(label=tfds.features.Scalar(np.int64)),
-            r"got features .*label: Scalar \(\) int64; expected",
+            r"got features .*label: Scalar; expected",
         ),
         (
             {"train": [{"image": SMALL[0]["image"]}], "test": [{"image": SMALL[0]["image"]}]},
@@ -384,8 +384,8 @@ def test_blocks_are_gathered(root, digits):
 
 
 def test_damage_is_found_when_it_is_read(root):
+    train = load("digits", root, memory_limit=TINY).train  # without having read an example
     zero_shards(root / "digits/1.0.0", keep_times=True)
-    train = load("digits", root, memory_limit=TINY).train  # without having read anything
     with pytest.raises(UsageError, match=rf"^{root}/digits/1.0.0: got .+; expected a complete data set\. If .+: pip"):
         train.read(np.array([0]))
 
