@@ -1,6 +1,6 @@
 """Sets of labelled images, in memory or on the disk: the bundled MNIST, and sets prepared by tensorflow-datasets.
 
-Uses numpy and, for prepared sets, tensorflow-datasets; of this package `errors` alone. Nothing here imports JAX.
+Uses numpy and, for prepared sets, tensorflow-datasets; of this package `errors` and `files`. Nothing here imports JAX.
 """
 
 import dataclasses

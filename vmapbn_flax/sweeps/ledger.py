@@ -1,6 +1,7 @@
 """The ledger of a sweep: its members, its groups, and the status of each member."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError
@@ -39,8 +40,15 @@ class Ledger:
         """
         try:
             self.members, self.groups = dict(content["members"]), [list(names) for names in content["groups"]]
-            if any(entry["status"] not in STATUSES for entry in self.members.values()):
-                raise ValueError("an unknown status")
+            for name, entry in self.members.items():
+                if Path(name).name != name or name == "..":
+                    raise ValueError(f"the member {name!r}, which is no name of a directory")
+                if (
+                    entry["status"] not in STATUSES
+                    or type(entry["step"]) is not int
+                    or type(entry["reason"]) is not str
+                ):
+                    raise ValueError(f"a member with {entry}")
             if sorted(name for names in self.groups for name in names) != sorted(self.members):
                 raise ValueError("groups that do not have its members")
         except (KeyError, TypeError, ValueError) as error:
