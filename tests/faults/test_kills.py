@@ -52,7 +52,7 @@ SWEEP_PHASES = {
     "checkpoint of a member": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
     "end of a group in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
     "between members of the second group": ("vmapbn_flax.runs.record:Record.finish", 2),
-    "removal of a group's checkpoints": ("vmapbn_flax.sweeps.train:shutil.rmtree", 2),
+    "removal of a group's checkpoints": ("vmapbn_flax.files:shutil.rmtree", 2),
     "report": ("vmapbn_flax.sweeps.report:report", 1),
     "picture": ("vmapbn_flax.runs.pictures:write_whole", 1),
 }

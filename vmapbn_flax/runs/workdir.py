@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError, unwritable
-from vmapbn_flax.files import make_directory, read_json, read_lines, write_json
+from vmapbn_flax.files import make_directory, read_json, read_lines, remove_unfinished, write_json
 
 
 class Workdir:
@@ -118,7 +118,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Locks the workdir, made if it does not exist, for this process.
+        """Locks the workdir, made if it does not exist, for this process; removes what killed writers left in it.
 
         The operating system frees the lock of a killed process.
 
@@ -145,4 +145,5 @@ class Workdir:
                 ) from None
             except OSError as error:
                 raise unwritable(self.path, error) from error
+            remove_unfinished(self.path)
             yield
