@@ -79,7 +79,8 @@ class Workdir:
     @property
     def is_run(self) -> bool:
         """Whether it has files of a run that a sweep does not have."""
-        return self.metrics.exists() or (self.config.exists() and not self.is_sweep)
+        alone = self.config.exists() and not self.is_sweep  # or a sweep's, whose ledger is lost or not yet written
+        return self.metrics.exists() or (alone and not self.read_config().get("sweep"))
 
     # Its content.
 
