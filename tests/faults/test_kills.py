@@ -58,6 +58,7 @@ SWEEP_PHASES = {
 
 # Of an extension of that sweep. Of the plan, each write is in tests/sweeps/test_plan.py.
 EXTENSION_PHASES = {
+    "config of a member": ("vmapbn_flax.runs.workdir:write_json", 2),
     "config": ("vmapbn_flax.runs.workdir:write_json", 4),
     "ledger": ("vmapbn_flax.runs.workdir:write_json", 5),
     "checkpoint of a member": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
