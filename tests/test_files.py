@@ -1,11 +1,23 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.files import AppendLog, read_json, read_lines, write_json, write_whole
+from vmapbn_flax.files import (
+    AppendLog,
+    read_json,
+    read_lines,
+    remove_directory,
+    remove_unfinished,
+    write_json,
+    write_whole,
+)
 
 DEEP = "[" * 100_000  # exhausts the stack of a parser that recurses
 
@@ -34,6 +46,78 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# Each of its writes is of another length, and says in every place who wrote it.
+WRITER = """
+import sys
+from pathlib import Path
+from vmapbn_flax.files import read_json, write_json
+
+path, number = Path(sys.argv[1]), int(sys.argv[2])
+problems = []
+for length in range(1000, 41_000, 400):
+    try:
+        write_json(path, {"writer": number, "values": [number] * length})
+        found = read_json(path)
+        if set(found["values"]) != {found["writer"]}:
+            problems.append("torn")
+    except Exception as error:
+        problems.append(repr(error))
+print(len(problems), "problems of 100:", problems[:1])
+"""
+
+
+def test_many_writers_of_one_file(tmp_path):
+    """Real processes; and one that takes their temporary files for those of killed writers."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "file")]
+    writers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in (1, 2, 3)]
+    while any(writer.poll() is None for writer in writers):
+        remove_unfinished(tmp_path)
+        time.sleep(0.01)  # or a writer would hardly come to an end
+    assert [writer.communicate()[0] for writer in writers] == ["0 problems of 100: []\n"] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "file", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_killed_writers_left_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "member").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        patch.setattr(os, "unlink", full)  # as if killed
+        for directory in (tmp_path, tmp_path / "member"):
+            with pytest.raises(RunError):
+                write_whole(directory / "file", "")
+    (tmp_path / ".mine.tmp").touch()
+    assert len(list(tmp_path.rglob(".file.*"))) == 2
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == {"member", ".mine.tmp"}
+
+
+def test_a_directory_is_whole_or_gone(tmp_path, monkeypatch):
+    path = tmp_path / "directory"
+
+    def killed(path, **more):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    path.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_directory(path)
+    assert not path.exists()
+    path.mkdir()
+    remove_directory(path)
+    assert list(tmp_path.iterdir()) == []  # what the kill left, too
 
 
 def test_json_comes_back(tmp_path):

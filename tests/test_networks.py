@@ -12,8 +12,9 @@ from vmapbn_flax import MLP, default_config
 from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.config import restore_config, validate
 from vmapbn_flax.errors import UsageError
-from vmapbn_flax.networks import BUILT_IN, attributes, choose_network, import_network
-from vmapbn_flax.sweeps.expand import expand
+from vmapbn_flax.networks import BUILT_IN, attributes, choose_network, import_network, untrusted
+from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps.expand import expand, read_members
 from vmapbn_flax.training.programs import Programs
 
 OWN = "configs.own_network:Net"
@@ -174,8 +175,7 @@ def test_a_workdir_names_no_code_to_run(own, capsys):
     )
     for argv in (["evaluate", workdir], ["refresh", workdir], ["train", f"--config=saved.py:{workdir}"]):
         status, lines = command(capsys, *argv)
-        assert status == 2
-        assert len(lines) == 1
+        assert (status, len(lines)) == (2, 1), lines
         assert "config.model.name: got 'mine:Net' from a workdir, which must not name code to run" in lines[0]
     status, lines = command(capsys, "evaluate", workdir, "--network=mine:Other")
     assert (status, len(lines)) == (2, 1)
@@ -195,9 +195,25 @@ def test_a_restored_config_keeps_the_attributes():
     config = own_network.get_config()
     config.model.width = 5
     restored = restore_config(default_config(), json.loads(json.dumps(config.to_dict())), "config.json")
-    assert restored.model.name != OWN
-    restored.model.name = OWN
+    assert restored.model.name == untrusted(OWN) != OWN
+    choose_network(restored, OWN)
     assert restored == config
+
+
+def test_a_report_imports_nothing(own):
+    config = default_config()
+    config.data.validation_size = 10
+    config.sweep.model.name = ("mlp", "mine:Net")
+    for network in ("mlp", "mine:Net"):
+        choose_network(config, network)  # of the base of the sweep
+        if network != "mlp":
+            config.model.width = 4
+        workdir = Workdir(own / "runs" / network[:4])
+        workdir.write(workdir.config, config.to_dict())
+        (own / "imported").unlink(missing_ok=True)
+        sys.modules.pop("mine", None)
+        assert [member.values["model.name"] for member in read_members(workdir)] == ["mlp", "mine:Net"]
+        assert not (own / "imported").exists()
 
 
 def test_mlp_is_named_by_default():

@@ -289,7 +289,7 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
     """`config` with the values in `saved`, JSON that was read from the file `source`, in a single process.
 
-    The name of a network that is not of this package is marked as `networks.untrusted`.
+    The name of a network that is not of this package becomes `networks.untrusted`.
 
     Raises:
       RunError: `saved` has a field that `config` lacks, or a value of another type.
@@ -297,8 +297,11 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
     try:
         config.lock()  # an unknown field raises
         saved = _tuples(dict(saved))
+        sweep = saved.pop("sweep", {})
+        if names := sweep.get("model", {}).get("name"):
+            sweep["model"]["name"] = tuple(map(networks.untrusted, names))
         with config.sweep.unlocked():  # its fields are those that a sweep names
-            config.sweep.update(saved.pop("sweep", {}))
+            config.sweep.update(sweep)
         if "name" in (model := saved.get("model", {})):
             networks.restore_network(config, model)
         config.update(saved)

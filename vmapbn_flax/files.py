@@ -6,6 +6,9 @@ import io
 import json
 import math
 import os
+import re
+import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable
@@ -16,24 +19,55 @@ from vmapbn_flax.errors import RunError, unwritable
 
 _LONGEST_JSON = 2**26  # bytes
 _DEEPEST_JSON = 30  # objects and lists inside one another
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes `content` to `path` atomically: a reader sees the old content or the new, never a part."""
+    """Writes `content` to `path` atomically: a reader sees the old content or the new, never a part.
+
+    Several processes may write the same file at the same time; the last one wins.
+
+    Raises:
+      RunError: the file cannot be written.
+    """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # of this writer alone
+    written = False
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        while not written:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileNotFoundError):  # another process took it for a killed writer's
+                temporary.replace(path)
+                written = True
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
             raise unwritable(path, error) from error
         raise
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes the temporary files of killed writers from `directory` and from the directories in it.
+
+    A writer that is alive and loses its file so writes it again.
+    """
+    for pattern in (".*.tmp", "*/.*.tmp"):
+        for path in directory.glob(pattern):
+            if _TEMPORARY.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory, or what a kill left of its removal: it is whole or gone, whenever a kill arrives."""
+    removed = path.with_name(f"{path.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(path.rename(removed), ignore_errors=True)
 
 
 def make_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ from vmapbn_flax.errors import UsageError
 COMMON = ("name", "norm", "batch_norm_momentum", "batch_norm_epsilon", "ghost_batch_size", "dtype")
 
 _PLAIN = (bool, int, float, str)
-_UNTRUSTED = "untrusted:"
+_UNTRUSTED = "untrusted:"  # before a name that a workdir gives: nothing imports it until a user says it
 
 
 class _BuiltIn(NamedTuple):
@@ -42,42 +42,43 @@ def attributes(model: ConfigDict) -> dict[str, Any]:
 def choose_network(config: ConfigDict, name: str) -> None:
     """Sets `config.model.name`, and replaces the attributes of the network before by the new one's, with its defaults.
 
-    An attribute without a default becomes None, which `check_network` refuses.
+    An attribute without a default becomes None, which `check_network` refuses. Those of an `untrusted` one are unknown.
 
     Raises:
       UsageError: see `import_network`.
     """
     model = config.model
-    if name == model.name:
-        return
-    defaults = BUILT_IN[name].defaults if name in BUILT_IN else _own_defaults(name)
     with model.unlocked():
-        for attribute in attributes(model):
-            del model[attribute]
+        if model.name not in (name, untrusted(name)):
+            defaults = _defaults(name)
+            for attribute in attributes(model):
+                del model[attribute]
+            for attribute, value in defaults.items():
+                model[attribute] = config_dict.placeholder(object) if value is dataclasses.MISSING else value
         model.name = name
-        for attribute, value in defaults.items():
-            model[attribute] = config_dict.placeholder(object) if value is dataclasses.MISSING else value
 
 
 def restore_network(config: ConfigDict, saved: dict[str, Any]) -> None:
-    """Gives `config.model` the attributes of the network in `saved`, the section `model` of a workdir's config.
+    """Gives `config.model` the network in `saved`, the section `model` of a workdir's config; nothing is imported."""
+    choose_network(config, untrusted(saved["name"]))
+    if config.model.name not in BUILT_IN:
+        with config.model.unlocked():
+            config.model.update({name: value for name, value in saved.items() if name not in COMMON})
+    saved["name"] = config.model.name
 
-    Nothing is imported, and a name that is not of this package becomes `untrusted` in `saved`: a workdir may come from
-    anywhere, and must not name code to run.
-    """
-    if saved["name"] in BUILT_IN:
-        choose_network(config, saved["name"])
-        return
-    model = config.model
-    with model.unlocked():
-        for attribute in attributes(model):
-            del model[attribute]
-        model.update({attribute: value for attribute, value in saved.items() if attribute not in COMMON})
-    saved["name"] = untrusted(saved["name"])
+
+def untrusted(name: str) -> str:
+    """The name of a network that a workdir gives: it may come from anywhere, and nothing imports what it names."""
+    return name if name in BUILT_IN else _UNTRUSTED + name
+
+
+def displayed(name: str) -> str:
+    """The name of a network, `untrusted` or not, as a user says it."""
+    return name.removeprefix(_UNTRUSTED)
 
 
 def refuse_untrusted(name: str) -> None:
-    """Refuses the name of a network that a workdir, and nobody else, gave.
+    """Refuses a name that a workdir, and nobody else, gave.
 
     Raises:
       UsageError: `name` is `untrusted`.
@@ -85,28 +86,24 @@ def refuse_untrusted(name: str) -> None:
     if name.startswith(_UNTRUSTED):
         name = displayed(name)
         raise UsageError(
-            f"config.model.name: got {name!r} from a workdir, which must not name code to run. If you trust that code, "
-            f"name it yourself: --config.model.name={name} for train, --network={name} for evaluate and refresh"
+            f"config.model.name: got {name!r} from a workdir, which must not name code to run. If you trust that "
+            f"code, name it yourself: --config.model.name={name} for train, --network={name} for evaluate and refresh"
         )
-
-
-def displayed(name: str) -> str:
-    """The name of a network as its config has it, `untrusted` or not."""
-    return name.removeprefix(_UNTRUSTED)
-
-
-def untrusted(name: str) -> str:
-    """The name of a network that a workdir gives; `import_network` refuses it."""
-    return _UNTRUSTED + name
 
 
 def check_network(model: ConfigDict) -> None:
     """Checks the name of the network, and that `model` has exactly the attributes of its class.
 
+    An `untrusted` name is left to `import_network`.
+
     Raises:
       UsageError: see `import_network`; or an attribute is unknown or missing.
     """
-    defaults = BUILT_IN[model.name].defaults if model.name in BUILT_IN else _own_defaults(model.name)
+    if model.name.startswith(_UNTRUSTED):
+        return
+    defaults = _defaults(model.name)
+    if model.name not in BUILT_IN:
+        import_network(model.name, batched=model.norm == "batched")
     for name in attributes(model):
         if name not in defaults:
             close = difflib.get_close_matches(name, defaults, n=1)
@@ -123,9 +120,13 @@ def check_network(model: ConfigDict) -> None:
             )
 
 
-def _own_defaults(name: str) -> dict[str, Any]:
-    """The attributes of a class of one's own that a config can set, with their defaults or `dataclasses.MISSING`."""
-    defaults = {}
+def _defaults(name: str) -> dict[str, Any]:
+    """The attributes of a network that a config can set, with their defaults or `dataclasses.MISSING`."""
+    if name in BUILT_IN:
+        return BUILT_IN[name].defaults
+    defaults: dict[str, Any] = {}
+    if name.startswith(_UNTRUSTED):
+        return defaults
     for field in dataclasses.fields(import_network(name)):
         value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if field.name not in ("num_classes", "norm", "parent", "name", *COMMON) and _is_plain(value):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -103,6 +104,29 @@ def test_training_refuses_an_unfinished_one(refreshed, tmp_path, monkeypatch):
         refresh(tmp_path)
     with pytest.raises(RunError, match="got refreshed statistics"):
         run.train(load_config(Workdir(workdir)), tmp_path / "refreshed")
+
+
+def test_training_refuses_what_a_kill_left_of_its_removal(refreshed, tmp_path, monkeypatch):
+    """In whatever order a removal takes the files: the mark may be the first to go."""
+    workdir, _ = refreshed
+    for name in ("config.json", "checkpoints"):
+        (tmp_path / name).symlink_to(workdir / name)
+    shutil.copytree(workdir / "refreshed", tmp_path / "refreshed")
+
+    def killed(path, **more):
+        if path.exists():
+            (path / "refresh.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    monkeypatch.setattr(Programs, "population_statistics", lambda self, state: state.batch_stats)
+    monkeypatch.setattr(Programs, "evaluate", lambda self, state: {"test_accuracy": 0.5})
+    with pytest.raises(KeyboardInterrupt):
+        refresh(tmp_path)
+    assert not (tmp_path / "refreshed").exists()
+    monkeypatch.undo()
+    assert refresh(tmp_path)["after"]["test_count"] == 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoints", "refreshed"}
 
 
 def test_again_replaces_it(refreshed):

@@ -1,10 +1,11 @@
 import functools
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.program import CONFIG, SWEEP, Program
+from tests.helpers.program import CONFIG, EXTENDED_SWEEP, SWEEP, Program
 from vmapbn_flax.runs.checkpoints import saved_steps
 
 
@@ -15,35 +16,73 @@ def program():
     program.close()
 
 
-class Undisturbed:
-    """A run, or a sweep, that nothing happened to: its workdir, and how many changes to files it made."""
+def train(config):
+    return lambda workdir: ("train", config, f"--workdir={workdir}")
 
-    def __init__(self, program, config, place):
-        self._command, self._program, self._place = ("train", config), program, place
+
+def refresh(workdir):
+    return ("refresh", workdir)
+
+
+class Undisturbed:
+    """What a command does that nothing happens to.
+
+    Attributes:
+      before: the workdir that the command finds; None for none.
+      workdir: what becomes of it.
+      changes: how many changes to files the command makes.
+      seconds: how long the command takes when it finds its programs compiled.
+    """
+
+    def __init__(self, program, command, place, before=None):
+        self._program, self._command, self._place, self.before = program, command, place, before
         self.workdir = place / "run"
         self._finish(self.workdir, inside=str(self.workdir), count=str(place / "count"))
         self.changes = int((place / "count").read_text())
 
     @functools.cached_property
     def seconds(self):
-        """How long such a run takes when it finds its programs compiled."""
+        self.restore(self._place / "again")
         started = time.monotonic()
         self._finish(self._place / "again")
         return time.monotonic() - started
 
+    def restore(self, workdir):
+        """Makes `workdir` what the command finds."""
+        shutil.rmtree(workdir, ignore_errors=True)
+        if self.before:
+            shutil.copytree(self.before, workdir)
+
     def _finish(self, workdir, **fault):
+        self.restore(workdir)
         log = self._place / "log"
-        assert self._program.run(*self._command, f"--workdir={workdir}", log=log, **fault) == 0, log.read_text()
+        assert self._program.run(*self._command(workdir), log=log, **fault) == 0, log.read_text()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(program, tmp_path_factory):
-    return Undisturbed(program, CONFIG, tmp_path_factory.mktemp("undisturbed"))
+    return Undisturbed(program, train(CONFIG), tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture(scope="session")
 def undisturbed_sweep(program, tmp_path_factory):
-    return Undisturbed(program, SWEEP, tmp_path_factory.mktemp("undisturbed_sweep"))
+    return Undisturbed(program, train(SWEEP), tmp_path_factory.mktemp("undisturbed_sweep"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed_extension(program, undisturbed_sweep, tmp_path_factory):
+    """Of a finished sweep."""
+    place = tmp_path_factory.mktemp("undisturbed_extension")
+    return Undisturbed(program, train(EXTENDED_SWEEP), place, undisturbed_sweep.workdir)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_refresh(program, undisturbed, tmp_path_factory):
+    """Of a run that was refreshed before, from another checkpoint."""
+    place = tmp_path_factory.mktemp("undisturbed_refresh")
+    before = shutil.copytree(undisturbed.workdir, place / "before")
+    assert program.run("refresh", before, "--step=27", log=place / "log") == 0
+    return Undisturbed(program, refresh, place, before)
 
 
 @pytest.fixture(scope="session")
@@ -65,22 +104,33 @@ def killed(program, tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, program):
     """A run of its own: its workdir, the output of its processes, and ways to start and to wait for one."""
-    return control(program, CONFIG, tmp_path)
+    return control(program, train(CONFIG), tmp_path)
 
 
 @pytest.fixture
 def sweep(tmp_path, program):
     """The same of a sweep."""
-    return control(program, SWEEP, tmp_path)
+    return control(program, train(SWEEP), tmp_path)
 
 
-def control(program, config, place):
+@pytest.fixture
+def extension(tmp_path, program):
+    """The same of its extension."""
+    return control(program, train(EXTENDED_SWEEP), tmp_path)
+
+
+@pytest.fixture
+def refreshing(tmp_path, program):
+    """The same of a refresh."""
+    return control(program, refresh, tmp_path)
+
+
+def control(program, command, place):
     workdir, log = place / "run", place / "log"
-    command = ("train", config, f"--workdir={workdir}")
 
     def start(*flags, **fault):
         log.write_text("")
-        program.start(*command, *flags, log=log, **fault)
+        program.start(*command(workdir), *flags, log=log, **fault)
 
     def finish(*flags, **fault):
         start(*flags, **fault)

@@ -6,7 +6,6 @@ The long suite, with its figures: python -m pytest -n0 -m slow -s tests/faults/t
 import collections
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.ledger import Ledger
 
 SEED = 20250711
-SLOW_KILLS, SLOW_SWEEP_KILLS = 140, 60
+SLOW_KILLS, SLOW_SWEEP_KILLS, SLOW_EXTENSION_KILLS, SLOW_REFRESH_KILLS = 140, 60, 60, 60
 TOTAL = 30
 
 # In the order of a run's life.
@@ -52,9 +51,24 @@ SWEEP_PHASES = {
     "checkpoint of a member": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
     "end of a group in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
     "between members of the second group": ("vmapbn_flax.runs.record:Record.finish", 2),
-    "removal of a group's checkpoints": ("vmapbn_flax.sweeps.train:shutil.rmtree", 2),
+    "removal of a group's checkpoints": ("vmapbn_flax.files:shutil.rmtree", 2),
     "report": ("vmapbn_flax.sweeps.report:report", 1),
     "picture": ("vmapbn_flax.runs.pictures:write_whole", 1),
+}
+
+# Of an extension of that sweep. Of the plan, each write is in tests/sweeps/test_plan.py.
+EXTENSION_PHASES = {
+    "config of a member": ("vmapbn_flax.runs.workdir:write_json", 2),
+    "config": ("vmapbn_flax.runs.workdir:write_json", 4),
+    "ledger": ("vmapbn_flax.runs.workdir:write_json", 5),
+    "checkpoint of a member": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
+    "removal of a group's checkpoints": ("vmapbn_flax.sweeps.train:remove_directory", 3),
+}
+
+REFRESH_PHASES = {
+    "removal of the one before": ("vmapbn_flax.files:shutil.rmtree", 2),
+    "config": ("vmapbn_flax.runs.workdir:write_json", 2),
+    "commit": ("vmapbn_flax.runs.checkpoints:Checkpoints._write_sums", 1),
 }
 
 
@@ -76,18 +90,44 @@ def test_killed_once_in_each_phase(run, undisturbed):
 
 
 def test_sweep_killed_once_in_each_phase(sweep, undisturbed_sweep):
-    for phase, (name, call) in SWEEP_PHASES.items():
-        status = sweep.finish(name=name, call=call)
-        assert status == -signal.SIGKILL, (phase, sweep.lines())
-    assert sweep.finish() == 0, sweep.lines()
+    kill_in_each(SWEEP_PHASES, sweep)
     check(sweep, undisturbed_sweep)
+
+
+def test_extension_killed_once_in_each_phase(sweep, extension, undisturbed_extension):
+    """Of a sweep that was killed itself."""
+    assert sweep.finish(name="vmapbn_flax.runs.record:Record.finish", call=2) == -signal.SIGKILL
+    kill_in_each(EXTENSION_PHASES, extension)
+    check(extension, undisturbed_extension)
+    assert sweep.finish() == 1
+    assert "got a sweep without its member hidden=4,learning_rate=0.02" in "".join(sweep.lines())
+
+
+def test_refresh_killed_once_in_each_phase(refreshing, undisturbed_refresh):
+    undisturbed_refresh.restore(refreshing.workdir)
+    kill_in_each(REFRESH_PHASES, refreshing)
+    check(refreshing, undisturbed_refresh)
+
+
+def kill_in_each(phases, run):
+    for phase, (name, call) in phases.items():
+        status = run.finish(name=name, call=call)
+        assert status == -signal.SIGKILL, (phase, run.lines())
+        require_marked(run.workdir)
+    assert run.finish() == 0, run.lines()
+
+
+def require_marked(workdir):
+    """Refreshed statistics, or a part of them, that training would take for a run."""
+    refreshed = Workdir(workdir).refreshed
+    assert refreshed.is_refreshed or not (refreshed.config.exists() or refreshed.checkpoints.exists())
 
 
 def torment(run, undisturbed, rng, kills):
     """Kills runs at random, half the time by the clock and half by the file operation; returns what they were at."""
     phases, seconds = collections.Counter(), undisturbed.seconds
     while phases.total() < kills:
-        shutil.rmtree(run.workdir, ignore_errors=True)
+        undisturbed.restore(run.workdir)
         status = None
         while status != 0:
             if rng.random() < 0.5:
@@ -101,6 +141,7 @@ def torment(run, undisturbed, rng, kills):
             assert status in (0, -signal.SIGKILL), run.lines()
             if status:
                 phases[phase(run)] += 1
+                require_marked(run.workdir)
         check(run, undisturbed)
     return phases
 
@@ -140,6 +181,16 @@ def test_killed_at_random_at_length(run, undisturbed):
 @pytest.mark.slow
 def test_sweep_killed_at_random_at_length(sweep, undisturbed_sweep):
     at_length(sweep, undisturbed_sweep, SLOW_SWEEP_KILLS)
+
+
+@pytest.mark.slow
+def test_extension_killed_at_random_at_length(extension, undisturbed_extension):
+    at_length(extension, undisturbed_extension, SLOW_EXTENSION_KILLS)
+
+
+@pytest.mark.slow
+def test_refresh_killed_at_random_at_length(refreshing, undisturbed_refresh):
+    at_length(refreshing, undisturbed_refresh, SLOW_REFRESH_KILLS)
 
 
 def at_length(run, undisturbed, kills):

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/helpers/fault_config.py"
 SWEEP = "--config=tests/helpers/fault_sweep_config.py"
+EXTENDED_SWEEP = f"{SWEEP}:extended"
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 PROGRAMS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 
@@ -83,11 +84,12 @@ def _serve() -> None:
     ):  # which the program imports late
         importlib.import_module(name)
     from tests.helpers import small
+    from vmapbn_flax.cli import refresh
     from vmapbn_flax.cli.main import main
     from vmapbn_flax.runs import train
     from vmapbn_flax.sweeps import plan
 
-    train.load_dataset = plan.load_dataset = small.load
+    train.load_dataset = plan.load_dataset = refresh.load_dataset = small.load
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -26,8 +26,11 @@ def command(capsys, *argv):
 
 
 def outcome(workdir):
-    """All that a run, or a sweep, ends with and that has to be the same however it was disturbed."""
-    files = {name: contents(workdir / name) for name in ("config.json", "metrics.jsonl", "accuracy.png", "sweep.png")}
+    """All that a run, a sweep or a refresh ends with and that has to be the same however it was disturbed."""
+    names = ("config.json", "metrics.jsonl", "accuracy.png", "sweep.png", "refresh.json")
+    files = {name: contents(workdir / name) for name in names}
+    if (workdir / "refreshed").exists():
+        files["refreshed"] = outcome(workdir / "refreshed")
     if (workdir / "sweep.json").exists():
         members = json.loads((workdir / "sweep.json").read_text())["members"]
         printed = io.StringIO()
@@ -37,7 +40,7 @@ def outcome(workdir):
             "report": printed.getvalue().replace(str(workdir), ""),
             "members": {name: outcome(workdir / name) for name in members},
         }
-    if not (workdir / "summary.json").exists():  # a member of a sweep that has diverged
+    if not (workdir / "summary.json").exists():  # of a diverged member, or refreshed
         return files | {"states": {step: state_bytes(workdir, step) for step in saved_steps(workdir / "checkpoints")}}
     summary = json.loads((workdir / "summary.json").read_text())
     del summary["seconds"]
@@ -58,7 +61,7 @@ def state_bytes(workdir, step):
 
 def leftovers(workdir):
     """Files that only something unfinished leaves behind."""
-    return [str(path) for path in workdir.rglob("*") if "tmp" in path.name]
+    return [str(path) for path in workdir.rglob("*") if "tmp" in path.name or path.name.endswith(".removed")]
 
 
 @functools.cache

@@ -74,9 +74,15 @@ def test_errors_name_it_as_it_was_given():
 )
 def test_what_it_is(tmp_path, files, kinds):
     for name in files:
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
     workdir = Workdir(tmp_path)
     assert [kind for kind in ("run", "sweep", "refreshed") if getattr(workdir, f"is_{kind}")] == kinds
+
+
+def test_a_config_with_values_to_sweep_is_no_run(tmp_path):
+    """Its ledger is lost, or not written yet."""
+    (tmp_path / "config.json").write_text('{"sweep": {"seed": [0, 1]}}')
+    assert not Workdir(tmp_path).is_run
 
 
 def test_nothing_is_what_is_not_there(tmp_path):

@@ -142,8 +142,12 @@ def test_zip():
 
 def draws(size, options_seed=0, **more):
     swept = {"optimizer__learning_rate": ("log_uniform", 1e-3, 1e-1), "model__norm": ("vmap", "none")} | more
-    options = {"sweep_options__mode": "random", "sweep_options__size": size, "sweep_options__seed": options_seed}
-    return [member.values for member in expand(sweep_config(swept, **options))]
+    return [member.values for member in random_members(swept, size, options_seed)]
+
+
+def random_members(swept, size, seed=0):
+    options = {"sweep_options__mode": "random", "sweep_options__size": size, "sweep_options__seed": seed}
+    return expand(sweep_config(swept, **options))
 
 
 def test_random():
@@ -157,6 +161,31 @@ def test_random():
     assert ((rates >= 1e-3) & (rates <= 1e-1)).all()
     assert 8 < (rates < 1e-2).sum() < 32  # half, in logarithms
     assert {values["model.norm"] for values in first} == {"vmap", "none"}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_between_two_close_numbers(seed):
+    """At four digits this would be 1.0 again and again, which is no decay."""
+    low, high = 0.999, 0.99999
+    members = random_members({"optimizer__adam_b2": ("uniform", low, high)}, 16, seed)
+    values = [member.config.optimizer.adam_b2 for member in members]
+    assert all(low <= value <= high for value in values)
+    assert len({float(f"{value:.10g}") for value in values}) == 16
+    for member, value in zip(members, values, strict=True):
+        spelled = member.name.removeprefix("adam_b2=")
+        assert low <= float(spelled) <= high
+        assert float(spelled) == pytest.approx(value, abs=1e-4)
+        assert len(spelled) <= 8
+
+
+def test_names_of_draws():
+    """Four digits where they do. More draws have no say in the names of the first ones."""
+    swept = {"train__label_smoothing": ("uniform", 0.25, 0.251), "model__norm": ("vmap",)}
+    names = [member.name for member in random_members(swept, 40)]
+    assert len({*names}) == 40
+    assert {len(name) for name in names[:2]} == {len("label_smoothing=0.2505,norm=vmap")}
+    assert [member.name for member in random_members(swept, 10)] == names[:10]
+    assert all(0.25 <= float(name.split(",")[1].split("=")[1]) <= 0.251 for name in names)
 
 
 @pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_width, sweep_best])
@@ -186,6 +215,11 @@ BAD = [
         {"optimizer__learning_rate": ("log_uniform", 0.0, 1.0)},
         {"sweep_options__mode": "random"},
         r"config\.sweep\.optimizer\.learning_rate: got .*expected \('log_uniform', low, high\)",
+    ),
+    (
+        {"train__label_smoothing": ("uniform", 0.5, 0.0)},
+        {"sweep_options__mode": "random"},
+        r"config\.sweep\.train\.label_smoothing: got .*expected \('uniform', low, high\) with low < high$",
     ),
     ({"model__norm": ("uniform", 0, 1)}, {"sweep_options__mode": "random"}, "expected choices"),
     ({"model__hidden": (tuple(range(1, 90)),)}, {}, r"a name of \d+ characters"),

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vmapbn_flax.cli import environment
 from vmapbn_flax.errors import UsageError, UserError
-from vmapbn_flax.networks import choose_network, untrusted
+from vmapbn_flax.networks import choose_network, refuse_untrusted
 
 _PROGRAM = "train.py"  # absl skips the first argument
 _SAVED = "saved.py"  # the name of the config file whose argument is a workdir
@@ -65,11 +65,9 @@ def _override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     names.set_gnu_getopt()
     flags.DEFINE_string("config.model.name", None, "the network", flag_values=names)
     rest = names([_PROGRAM, *arguments], known_only=True)
-    if (name := names["config.model.name"].value) is not None and name != config.model.name:
-        if config.model.name == untrusted(name):
-            config.model.name = name
-        else:
-            choose_network(config, name)
+    if (name := names["config.model.name"].value) is not None:
+        choose_network(config, name)
+    refuse_untrusted(config.model.name)
     config.lock()
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)

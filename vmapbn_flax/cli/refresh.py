@@ -2,13 +2,13 @@
 
 import argparse
 import contextlib
-import shutil
 import sys
 from pathlib import Path
 
 from vmapbn_flax.cli import environment
 from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.files import remove_directory
 from vmapbn_flax.runs.checkpoints import Checkpoints
 from vmapbn_flax.runs.console import table
 from vmapbn_flax.runs.loading import load_config, load_state
@@ -55,8 +55,7 @@ def refresh(path: Path, step: int | None = None, network: str | None = None) -> 
     figures = {"before": programs.evaluate(state), "after": programs.evaluate(refreshed)}
 
     output = workdir.refreshed
-    if output.path.exists():
-        shutil.rmtree(output.path)
+    remove_directory(output.path)
     # First: if this ends early, training must not take the rest for a run.
     output.write(output.refresh, {"step": int(state.step), **figures})
     output.write(output.config, config.to_dict())

@@ -24,9 +24,8 @@ def load_config(workdir: Workdir, network: str | None = None) -> ConfigDict:
     """
     config = restore_config(default_config(), workdir.read_config(), str(workdir.config))
     if network is not None:
-        if config.model.name not in (network, networks.untrusted(network)):
-            got = networks.displayed(config.model.name)
-            raise UsageError(f"--network={network}: got a run of the network {got}; expected that name or none")
+        if network != (found := networks.displayed(config.model.name)):
+            raise UsageError(f"--network={network}: got a run of the network {found}; expected that name or none")
         config.model.name = network
     networks.refuse_untrusted(config.model.name)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError, unwritable
-from vmapbn_flax.files import make_directory, read_file, read_json, read_lines, write_json
+from vmapbn_flax.files import make_directory, read_file, read_json, read_lines, remove_unfinished, write_json
 
 
 class Workdir:
@@ -79,7 +79,8 @@ class Workdir:
     @property
     def is_run(self) -> bool:
         """Whether it has files of a run that a sweep does not have."""
-        return self.metrics.exists() or (self.config.exists() and not self.is_sweep)
+        alone = self.config.exists() and not self.is_sweep  # or a sweep's, whose ledger is lost or not yet written
+        return self.metrics.exists() or (alone and not self.read_config().get("sweep"))
 
     # Its content.
 
@@ -118,7 +119,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Locks the workdir, made if it does not exist, for this process.
+        """Locks the workdir, made if it does not exist, for this process; removes what killed writers left in it.
 
         The operating system frees the lock of a killed process.
 
@@ -150,6 +151,7 @@ class Workdir:
                 ) from None
             except OSError as error:
                 raise unwritable(self.path, error) from error
+            remove_unfinished(self.path)
             yield
 
 

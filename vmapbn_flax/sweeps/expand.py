@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import FIELDS, MOST_MEMBERS, flat, validate, without_distributed
-from vmapbn_flax.errors import UsageError
-from vmapbn_flax.networks import choose_network
+from vmapbn_flax.config import FIELDS, MOST_MEMBERS, flat, restore_config, validate, without_distributed
+from vmapbn_flax.defaults import default_config
+from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.networks import choose_network, displayed
+from vmapbn_flax.runs.workdir import Workdir
 
 _DISTRIBUTIONS = ("uniform", "log_uniform")
 _LONGEST_NAME = 200  # characters; file systems end at 255
+_DIGITS = range(4, 18)  # of a drawn number in a name, the fewest that do; 17 tell all numbers apart
 
 
 class Member(NamedTuple):
@@ -46,17 +49,39 @@ def expand(config: ConfigDict) -> list[Member]:
     validate(base)
     base = without_distributed(base)
     labels = _labels(sweep)
-    members = []
+    members: list[Member] = []
+    taken: set[str] = set()
     for values in _COMBINE[base.sweep_options.mode](sweep, fields, base.sweep_options):
         values = {name: _typed(name, value, fields[name]) for name, value in values.items()}
-        name = ",".join(f"{labels[field]}={_spell(value)}" for field, value in values.items())
-        members.append(Member(name, _with(base, values), values))
+        member_config = _with(base, values)
+        if "model.name" in values:
+            values["model.name"] = displayed(values["model.name"])
+        for digits in _DIGITS:  # later members yield: more draws leave the names of the first ones as they are
+            spelled = {field: _spell(value, sweep[field], digits) for field, value in values.items()}
+            name = ",".join(f"{labels[field]}={text}" for field, text in spelled.items())
+            if name not in taken:
+                break
+        taken.add(name)
+        members.append(Member(name, member_config, values))
         try:
             validate(members[-1].config)
         except UsageError as error:
             raise UsageError(f"config.sweep, member {name}: {error}") from None
     _check(members)
     return members
+
+
+def read_members(workdir: Workdir) -> list[Member]:
+    """The members of the sweep whose config is saved in `workdir`.
+
+    Raises:
+      RunError: the config is missing or damaged, or not that of a sweep.
+    """
+    config = restore_config(default_config(), workdir.read_config(), str(workdir.config))
+    try:
+        return expand(config)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+        raise RunError(f"{workdir.config}: got a config that does not fit ({error}), expected a sweep's") from None
 
 
 def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
@@ -114,12 +139,14 @@ def _draw(name: str, leaf: tuple, field: Any, seed: tuple[int, int]) -> Any:
     kind, *bounds = leaf
     numbers = len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
     if not (numbers and -math.inf < bounds[0] < bounds[1] < math.inf and (kind == "uniform" or bounds[0] > 0)):
-        raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected ('{kind}', low, high) with 0 < low < high")
+        order = "low < high" if kind == "uniform" else "0 < low < high"
+        raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected ('{kind}', low, high) with {order}")
     if isinstance(field, bool) or not isinstance(field, int | float):
         raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected choices, for {field!r} is no number")
     low, high = bounds
     value = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
-    return round(value) if isinstance(field, int) else float(f"{value:.4g}")  # the digits that a name shows
+    value = min(max(value, low), high)  # exp and log may round out of the bounds
+    return round(value) if isinstance(field, int) else float(value)
 
 
 def _typed(name: str, value: Any, field: Any) -> Any:
@@ -149,8 +176,15 @@ def _labels(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
     return {name: label if last.count(label) == 1 else name for name, label in zip(names, last, strict=True)}
 
 
-def _spell(value: Any) -> str:
-    """`value` as a part of a file's name: no separators, quotes or blanks."""
+def _spell(value: Any, leaf: tuple, digits: int) -> str:
+    """`value` as a part of a file's name: no separators, quotes or blanks.
+
+    A number drawn from the distribution `leaf` is rounded to `digits` digits, or the fewest more that keep it within
+    its bounds.
+    """
+    if leaf[0] in _DISTRIBUTIONS and isinstance(value, float):
+        rounded = (float(f"{value:.{more}g}") for more in range(digits, _DIGITS.stop))
+        value = next(number for number in rounded if leaf[1] <= number <= leaf[2])
     text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return re.sub(r"[^A-Za-z0-9._+-]", "_", text)
 

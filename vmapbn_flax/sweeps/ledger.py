@@ -94,13 +94,16 @@ class Ledger:
 def refuse_unfinished_member(workdir: Workdir) -> None:
     """Refuses to train a member alone while its sweep is not done with it.
 
+    A member is its sweep's until the checkpoints of its group are gone, which is after it has one of its own.
+
     Raises:
       RunError: `workdir` is that of such a member.
     """
     sweep, name = workdir.sweep, workdir.path.absolute().name
     if sweep.is_sweep:
         ledger = Ledger(sweep)
-        if name in ledger.members and not ledger.is_over(name):
+        groups = [number for number, names in enumerate(ledger.groups) if name in names]
+        if any(not ledger.is_over(name) or sweep.group_checkpoints(number).exists() for number in groups):
             raise RunError(
                 f"{workdir}: got a member that its sweep is not done with ({ledger.members[name]['status']}); expected "
                 f"one that is. Continue the sweep: python train.py --config=configs/saved.py:{workdir.path.parent}"

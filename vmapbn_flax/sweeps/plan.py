@@ -1,6 +1,6 @@
 """The plan of a sweep: which members train together, fixed in the ledger and printed before anything trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -9,10 +9,12 @@ from vmapbn_flax.config import resume_changes
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs import console
+from vmapbn_flax.runs.loading import load_config
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.sweeps.expand import Member, chunk, expand, program_groups
+from vmapbn_flax.sweeps.expand import Member, chunk, program_groups, read_members
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh
+from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.members import member_bytes
 
 _MEMORY_SHARE = 0.5  # of the devices' memory, that a group may take by its estimate
@@ -58,27 +60,66 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
             f"{workdir}: got a sweep without its member {missing[0]}, expected all that it has; values may be added "
             f"to a sweep, not taken away. Put them back, or choose another --workdir."
         )
-    if workdir.config.exists():
-        before = {member.name: member.config.to_dict() for member in expand(ConfigDict(workdir.read_config()))}
-        for name in ledger.members:
-            changes = resume_changes(before.get(name, {}), members[name].config)
-            if any("train.num_epochs" in change for change in changes):
-                raise RunError(
-                    f"{workdir}: got another train.num_epochs, expected that of the sweep. Continue its members one "
-                    f"by one, or choose another --workdir."
-                )
+    saved = {member.name: member for member in read_members(workdir)} if workdir.config.exists() else {}
+    _require_ledger(workdir, ledger, [*saved, *members])
+    for name in ledger.members:
+        _require_same(workdir, ledger, members[name], saved.get(name), datasets)
     plan = []
     for together in program_groups([member for name, member in members.items() if name not in ledger.members]):
         most = config.sweep_options.chunk or _most_members(together, datasets)
         plan += [[member.name for member in part] for part in chunk(together, most)]
-    ledger.add(plan)
-    workdir.write(workdir.config, config.to_dict())
+    # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
     for member in members.values():
         own = workdir.member(member.name)
-        if not own.config.exists():
+        if member.name not in ledger.members or not own.config.exists():
             own.write(own.config, member.config.to_dict())
+    workdir.write(workdir.config, config.to_dict())
+    ledger.add(plan)
     _say_plan(workdir, ledger, members, datasets)
     return ledger
+
+
+def _require_ledger(workdir: Workdir, ledger: Ledger, names: Iterable[str]) -> None:
+    """Refuses a sweep whose ledger is lost, or older than the rest of the workdir."""
+    trained = [name for name in names if name not in ledger.members and workdir.member(name).metrics.exists()]
+    if trained:
+        raise RunError(
+            f"{workdir.ledger}: got {'no entry' if workdir.is_sweep else 'no such file, nor an entry'} of the member "
+            f"{trained[0]}, which has trained; expected an entry of every member. Put the file back from a copy, or "
+            f"choose another --workdir. Without it, the members can only be evaluated, or continued one by one."
+        )
+
+
+def _require_same(workdir: Workdir, ledger: Ledger, member: Member, saved: Member | None, datasets: Datasets) -> None:
+    """Refuses a member that differs from what its own config says, or from `saved`, what the sweep's config says."""
+    own = workdir.member(member.name)
+    before = [saved.config] if saved else []
+    if own.config.exists():
+        before.append(load_config(own))
+        if _is_continued_alone(before[-1], ledger, member, datasets):
+            before[-1].train.num_epochs = member.config.train.num_epochs
+    elif not saved and ledger.is_over(member.name):
+        raise RunError(
+            f"{own.config}: got no such file, nor one of the sweep; expected the config that the member was trained "
+            f"with. Put one of them back from a copy, or choose another --workdir."
+        )
+    for config in before:
+        changes = resume_changes(config.to_dict(), member.config)
+        if any("train.num_epochs" in change for change in changes):
+            raise RunError(
+                f"{workdir}: got another train.num_epochs, expected that of the sweep. Continue its members one "
+                f"by one, or choose another --workdir."
+            )
+
+
+def _is_continued_alone(own: ConfigDict, ledger: Ledger, member: Member, datasets: Datasets) -> bool:
+    """Whether `own` is for more epochs than its sweep trained the member."""
+    train = member.config.train
+    if own.train.num_epochs <= train.num_epochs or not ledger.is_over(member.name):
+        return False
+    steps = steps_in(train.num_epochs, len(datasets.load(member.config).train) // train.batch_size)
+    entry = ledger.members[member.name]
+    return entry["step"] == steps or entry["status"] == "diverged"
 
 
 def _most_members(together: Sequence[Member], datasets: Datasets) -> int:

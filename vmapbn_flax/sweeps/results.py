@@ -4,11 +4,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.sweeps.expand import expand
+from vmapbn_flax.sweeps.expand import read_members
 from vmapbn_flax.sweeps.ledger import Ledger
 
 SELECTION = "validation_accuracy"
@@ -61,13 +59,9 @@ def read_settings(workdir: Workdir) -> list[Setting]:
             f"{workdir}: got no {workdir.ledger.name}, expected the workdir of a sweep, such as runs/sweep_lr"
         )
     ledger = Ledger(workdir)
-    try:
-        members = expand(ConfigDict(workdir.read_config()))
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
-        raise RunError(f"{workdir.config}: got a config that does not fit ({error}), expected a sweep's") from None
     results = [
         _read(workdir.member(member.name), member.name, member.values, ledger.members[member.name])
-        for member in members
+        for member in read_members(workdir)
         if member.name in ledger.members
     ]
     return sorted(_by_setting(results), key=_rank)

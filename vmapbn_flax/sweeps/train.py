@@ -1,7 +1,6 @@
 """Training a sweep: group after group, each in one program, with the status of each member in a ledger."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax import signals
 from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
+from vmapbn_flax.files import remove_directory
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.console import say
@@ -114,13 +114,9 @@ class _Sweep:
                 self._remove_group(number)
 
     def _remove_group(self, number: int) -> None:
-        """Removes the group's checkpoints, or what a kill left of that: whole or gone, whenever one arrives."""
+        """Removes the group's checkpoints, or what a kill left of that."""
         if self._processes.first:
-            group = self._workdir.group_checkpoints(number).parent
-            removed = group.with_name(f"{group.name}.removed")
-            shutil.rmtree(removed, ignore_errors=True)
-            if group.exists():
-                shutil.rmtree(group.rename(removed), ignore_errors=True)
+            remove_directory(self._workdir.group_checkpoints(number).parent)
 
     def _train_group(self, number: int, names: Sequence[str], progress: SweepProgress) -> int:
         started, configs = time.monotonic(), [self._members[name].config for name in names]
