@@ -48,7 +48,9 @@ class Checkpoints:
         processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
         self._checkpointer = ocp.AsyncCheckpointer(
             _handler(processes),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._write_sums, create_directories_asynchronously=False
+            ),
             multiprocessing_options=processes,
         )
         with self._failures():
@@ -123,7 +125,12 @@ def _this_process() -> ocp.options.MultiprocessingOptions:
 
 
 def _handler(processes: ocp.options.MultiprocessingOptions) -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=processes))
+    return ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(
+            multiprocessing_options=processes,
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+    )
 
 
 def versions() -> dict[str, str]:
