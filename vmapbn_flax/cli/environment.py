@@ -34,6 +34,7 @@ def _quieten_orbax() -> None:
     threads still call them.
     """
     import absl.logging  # noqa: F401  # makes the logger "absl", of a class that knows who logs
+
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     sys.unraisablehook = _report_unraisable

@@ -64,13 +64,11 @@ class Loop:
         self.step = self.first_step = restored[1]["step"] if restored else 0
         programs.compile_ahead(self.step)
         self.state: TrainState = programs.place(restored[0]) if restored else programs.create()
-        with processes.together(), contextlib.ExitStack() as opened:
+        with processes.together():
             if processes.first:  # not left to orbax: if it failed there, the others would wait
                 make_directory(directory)  # and before `open` cuts off rows
             for record in self.active:
                 record.open(self.step)
-                opened.callback(record.close)
-            opened.pop_all()
         self._checkpoints = Checkpoints(directory)
 
     @property
@@ -110,11 +108,8 @@ class Loop:
             )
 
     def close(self) -> None:
-        """Waits for the save in flight, and closes the records; every way out must call it."""
-        with contextlib.ExitStack() as stack:
-            for record in self._records:
-                stack.callback(record.close)
-            stack.callback(self._checkpoints.close)
+        """Waits for the save in flight; every way out must call it."""
+        self._checkpoints.close()
 
     def run(
         self,

@@ -33,7 +33,7 @@ class Record:
         self._writer: MetricWriter | None = None
 
     def open(self, step: int) -> None:
-        """Opens the files of a run that is at `step`, and cuts off later rows."""
+        """Starts to write the files of a run that is at `step`, and cuts off later rows."""
         if self.workdir.writes:
             self._writer = MetricWriter(self.workdir, step)
         self.rows = [row for row in self.workdir.read_rows() if row["step"] <= step]
@@ -83,10 +83,6 @@ class Record:
         """Returns when the rows are on the disk."""
         if self._writer:
             self._writer.flush()
-
-    def close(self) -> None:
-        if self._writer:
-            self._writer.close()
 
     def best_row(self, saved: Sequence[int]) -> dict[str, Any] | None:
         """The best evaluation at one of the steps `saved`, by the selection metric; None without any.
