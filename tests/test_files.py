@@ -100,11 +100,11 @@ def test_rows_are_bytes_on_the_disk_at_once(path):
 
 def test_a_log_holds_no_file_open(path):
     """A sweep has more logs than a process may have open files."""
-    log = AppendLog(path)
-    before = len(os.listdir("/proc/self/fd"))
+    log, numbers = AppendLog(path), Path("/proc/self/fd")
+    before = len(list(numbers.iterdir()))
     log.append({"step": 1})
     log.flush()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(numbers.iterdir())) == before
 
 
 def test_a_log_that_is_whole_is_not_written(path):

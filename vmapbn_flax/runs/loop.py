@@ -67,7 +67,7 @@ class Loop:
         with processes.together():
             if processes.first:  # not left to orbax: if it failed there, the others would wait
                 make_directory(directory)  # and before `open` cuts off rows
-            for record in self.active:
+            for record in self._records:
                 record.open(self.step)
         self._checkpoints = Checkpoints(directory)
 
@@ -237,13 +237,13 @@ class Loop:
             for record in self.active:
                 record.flush()
             meta = {"runs": [record.described() for record in self._records]}
-            self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_step())
+            self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_steps())
 
-    def _best_step(self) -> int | None:
-        if len(self._records) > 1:  # each has a best step of its own
-            return None
-        best = self._records[0].best_row([self.step, *self._checkpoints.steps()])
-        return best["step"] if best else None
+    def _best_steps(self) -> set[int]:
+        """The step of the best evaluation of each run, of those that a checkpoint is saved of."""
+        saved = [self.step, *self._checkpoints.steps()]
+        best = [record.best_row(saved) for record in self._records]
+        return {row["step"] for row in best if row}
 
     def saved_steps(self) -> list[int]:
         """The steps of the checkpoints, when all are whole on the disk."""

@@ -33,8 +33,11 @@ class Record:
         self._writer: MetricWriter | None = None
 
     def open(self, step: int) -> None:
-        """Starts to write the files of a run that is at `step`, and cuts off later rows."""
-        if self.workdir.writes:
+        """Reads the rows of a run that is at `step`, and starts to write, with later rows cut off.
+
+        Of a diverged run, nothing more is written.
+        """
+        if self.workdir.writes and not self.diverged:
             self._writer = MetricWriter(self.workdir, step)
         self.rows = [row for row in self.workdir.read_rows() if row["step"] <= step]
 
