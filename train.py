@@ -9,6 +9,6 @@ import time
 
 if __name__ == "__main__":
     started = time.monotonic()  # before the imports, which are a part of the start-up
-    from vmapbn_flax.cli.main import main
+    from vmapbn_flax.cli.main import run_program
 
-    sys.exit(main(["train", *sys.argv[1:]], started))
+    run_program(["train", *sys.argv[1:]], started)

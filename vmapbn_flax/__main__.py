@@ -2,6 +2,6 @@
 
 import sys
 
-from vmapbn_flax.cli.main import main
+from vmapbn_flax.cli.main import run_program
 
-sys.exit(main(sys.argv[1:]))
+run_program(sys.argv[1:])

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,30 +152,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class AppendFile:
-    """A file that is appended to at once, without a buffer or a thread that a crash could lose."""
+    """A file that is appended to at once, without a buffer or a thread that a crash could lose.
+
+    It is open only while it is written to: a sweep has more of them than a process may hold open.
+    """
 
     def __init__(self, path: Path):
         self._path = path
-        self._file: io.FileIO | None = None
 
     def write(self, data: bytes) -> None:
-        try:
-            if self._file is None:
-                self._file = self._path.open("ab", buffering=0)
-            if self._file.write(data) < len(data):
+        with self._opened() as file:
+            if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the error that writing the rest would raise
-        except OSError as error:
-            raise unwritable(self._path, error) from error
 
     def flush(self) -> None:
         """Returns when everything written is on the disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        with self._opened() as file:
+            os.fsync(file.fileno())
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[io.FileIO]:
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                yield file
+        except OSError as error:
+            raise unwritable(self._path, error) from error
 
 
 class AppendLog(AppendFile):

@@ -78,6 +78,17 @@ def failing_save():
     checkpoints.write_sums = write_until_full
 
 
+def noted_saves():
+    """Where this process saves checkpoints is said."""
+    save = checkpoints.Checkpoints.save
+
+    def noted(self, *arguments):
+        os.write(2, f"saving in {self._directory}\n".encode())
+        save(self, *arguments)
+
+    checkpoints.Checkpoints.save = noted
+
+
 def reversed_rows():
     _change_data(lambda split: Split(split.images[::-1].copy(), split.labels[::-1].copy()))
 

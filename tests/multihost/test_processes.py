@@ -353,6 +353,33 @@ def test_a_sweep(two_sweeping, program, tmp_path):
             np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
 
 
+def test_members_are_saved_where_they_lie(two_sweeping, program, tmp_path):
+    """Each by the process on whose devices it lies, in the form of one saved by a single process."""
+    two, log = two_sweeping, tmp_path / "log"
+    group = ("--config.sweep.model.hidden=((6,5),(6,5))", "--config.sweep.optimizer.learning_rate=(0.03,0.01)")
+    alone = tmp_path / "alone"
+    assert program.run("train", *SWEEP_FLAGS, *group, f"--workdir={alone}", log=log) == 0, log.read_text()
+    assert two.run(*group, faults=change("noted_saves", 0) | change("noted_saves", 1)) == [0, 0], two.lines(0)
+    for i, name in enumerate(ledger(two.workdir)["members"]):
+        directory = two.workdir / name / "checkpoints"
+        assert f"saving in {directory}" in two.lines(i)
+        assert f"saving in {directory}" not in two.lines(1 - i)
+        best = json.loads((two.workdir / name / "summary.json").read_text())["best_step"]
+        assert set(saved_steps(directory)) == {best, 10}
+        files = [
+            sorted(path.relative_to(place) for path in (place / name / "checkpoints").rglob("*[!0-9a-f]"))
+            for place in (two.workdir, alone)
+        ]
+        assert files[0] == files[1]
+        for step in {best, 10}:
+            states = [state_bytes(place / name, step) for place in (two.workdir, alone)]
+            assert states[0].keys() == states[1].keys()
+            for leaf, (dtype, shape, content) in states[0].items():
+                assert states[1][leaf][:2] == (dtype, shape)
+                got, expected = (np.frombuffer(state, dtype) for state in (content, states[1][leaf][2]))
+                np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=leaf)
+
+
 def test_a_group_that_fails(two_sweeping):
     """Something else is in the place of its checkpoints; the others, of one member each, are trained."""
     two = two_sweeping

@@ -42,10 +42,10 @@ def _leaves(tree):
     return [tree.step, tree.params["dense_0"]["kernel"], *tree.moments]
 
 
-def save(directory, *steps, best_step=None):
+def save(directory, *steps, best_steps=()):
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state(step), {"runs": [run(rows=step)]}, best_step)
+            checkpoints.save(step, state(step), {"runs": [run(rows=step)]}, best_steps)
 
 
 def listing(directory):
@@ -142,33 +142,34 @@ def test_biases_before_norms(directory):
 @pytest.mark.parametrize(
     ("best_steps", "kept"),
     [
-        ([1, 1, 1, 1, 1], [1, 4, 5]),
-        ([1, 2, 2, 2, 2], [2, 4, 5]),
-        ([1, 2, 3, 4, 5], [4, 5]),
-        ([1, 1, 1, 1, 5], [4, 5]),
-        ([None] * 5, [4, 5]),
-        ([9] * 5, [4, 5]),
+        ([[1]] * 5, [1, 4, 5]),
+        ([[1], [2], [2], [2], [2]], [2, 4, 5]),
+        ([[1], [2], [3], [4], [5]], [4, 5]),
+        ([[1], [1], [1], [1], [5]], [4, 5]),
+        ([[]] * 5, [4, 5]),
+        ([[9]] * 5, [4, 5]),
+        ([[1], [1, 2], [1, 2], [1, 2], [2, 5]], [2, 4, 5]),  # of runs that train together
     ],
 )
 @pytest.mark.parametrize("restarts", [False, True])
 def test_the_latest_two_and_the_best(directory, best_steps, kept, restarts):
     with contextlib.ExitStack() as stack:
-        for step, best_step in enumerate(best_steps, start=1):
+        for step, best in enumerate(best_steps, start=1):
             if restarts:
-                save(directory, step, best_step=best_step)
+                save(directory, step, best_steps=best)
             else:
                 if step == 1:
                     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory)))
-                checkpoints.save(step, state(step), META, best_step)
-                assert set(checkpoints.steps()) >= {best_step, step} - {None, 9}
+                checkpoints.save(step, state(step), META, best)
+                assert set(checkpoints.steps()) >= {*best, step} - {9}
     assert saved_steps(directory) == kept
 
 
 def test_an_older_step_that_turns_out_best_is_kept(directory):
     """Its evaluation may come after its save, when a resumed run evaluates more often."""
     save(directory, 1, 2)
-    save(directory, 2, best_step=1)
-    save(directory, 3, 4, best_step=1)
+    save(directory, 2, best_steps=[1])
+    save(directory, 3, 4, best_steps=[1])
     assert saved_steps(directory) == [1, 3, 4]
 
 
@@ -271,12 +272,12 @@ def test_falls_back_and_keeps_the_damaged_one_aside(directory, capsys, damage):
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_an_older_damaged_one_does_not_count(directory, capsys, damage):
-    save(directory, 1, 2, best_step=1)
-    save(directory, 3, best_step=1)
+    save(directory, 1, 2, best_steps=[1])
+    save(directory, 3, best_steps=[1])
     damage(directory / "2")
     assert bits(restore_latest(directory, state(0))[0]) == bits(state(3))
     assert f"kept as {directory / 'damaged' / '2'}" in capsys.readouterr().err
-    save(directory, 4, best_step=1)
+    save(directory, 4, best_steps=[1])
     assert saved_steps(directory) == [1, 3, 4]
 
 
@@ -345,7 +346,7 @@ def test_a_save_that_fails(directory, monkeypatch):
         checkpoints.save(2, state(2), META)
         with pytest.raises(RunError, match=r"could not be saved \(OSError.*No space left.*That of step 1 is whole;"):
             checkpoints.wait()
-    checkpoints.save(3, state(3), META, best_step=1)  # there is room again
+    checkpoints.save(3, state(3), META, best_steps=[1])  # there is room again
     checkpoints.close()
     assert saved_steps(directory) == [1, 3]
     assert bits(restore_latest(directory, state(0))[0]) == bits(state(3))

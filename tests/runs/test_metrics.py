@@ -51,7 +51,6 @@ def write(workdir, resume_step, steps):
     for step in steps:
         writer.write_scalars(step, {"train_loss": 1 / step, "learning_rate": 0.5})
     writer.flush()
-    writer.close()
     return Workdir(workdir).read_rows()
 
 
@@ -66,7 +65,6 @@ def test_not_finite_is_null(tmp_path, caplog):
     writer = MetricWriter(Workdir(tmp_path), 0)
     with caplog.at_level(logging.ERROR):
         writer.write_scalars(3, {"nan": math.nan, "inf": math.inf, "minus": -math.inf, "zero": 0.0, "count": 7})
-    writer.close()
     line = (tmp_path / "metrics.jsonl").read_text()
     assert line == '{"step": 3, "nan": null, "inf": null, "minus": null, "zero": 0.0, "count": 7}\n'
     shown = scalars(tmp_path)
@@ -115,7 +113,6 @@ def test_hparams(tmp_path, caplog):
             {"seed": 3, "model.norm": "vmap", "model.hidden": (100, 100), "flag": True},
             ["test_accuracy"],
         )
-    writer.close()
     assert [path for path in tmp_path.rglob("*") if path.is_dir()] == []  # a directory is a run to TensorBoard
 
     plugin = {

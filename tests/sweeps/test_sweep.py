@@ -309,7 +309,8 @@ def test_eight_members_one_compilation(eight):
         files = {path.name for path in directory.iterdir() if "tfevents" not in path.name}
         assert files == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"}
         assert any("tfevents" in path.name for path in directory.iterdir())
-        assert [path.name for path in (directory / "checkpoints").iterdir()] == [str(STEPS)]
+        best = json.loads((directory / "summary.json").read_text())["best_step"]
+        assert {path.name for path in (directory / "checkpoints").iterdir()} == {str(best), str(STEPS)}
     assert not any((workdir / "groups").glob("*"))
     assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -319,6 +320,38 @@ def test_finished_sweep_trains_nothing(eight, monkeypatch):
     monkeypatch.setattr(Programs, "create", None)
     sweep.train_sweep(sweep_config(), eight[0])
     assert (figures(eight[0]), ledger_of(eight[0])) == before
+
+
+def validation_accuracy(workdir, step):
+    """Of the checkpoint of a member's `step`."""
+    programs = Programs([saved.get_config(str(workdir))], small.dataset(20))
+    return programs.evaluate(restore(workdir / "checkpoints", step, programs.template())[0])["validation_accuracy"]
+
+
+def test_a_member_keeps_its_best_checkpoint(eight):
+    """The latest of the best evaluations, which is not the last one of all members; it is what was evaluated."""
+    best_steps = set()
+    for name in ledger_of(eight[0])["members"]:
+        summary = json.loads((eight[0] / name / "summary.json").read_text())
+        evaluated = [row for row in rows(eight[0] / name) if "validation_accuracy" in row]
+        best = max(evaluated, key=lambda row: (row["validation_accuracy"], row["step"]))
+        assert (summary["best_step"], summary["best_metric"]) == (best["step"], best["validation_accuracy"])
+        if best["step"] not in best_steps:
+            best_steps.add(best["step"])
+            assert validation_accuracy(eight[0] / name, best["step"]) == best["validation_accuracy"]
+    assert best_steps - {STEPS}
+
+
+def test_a_diverged_member_keeps_its_best_checkpoint(tmp_path):
+    """It is evaluated at every step, until a loss is not finite."""
+    config = sweep_config({"optimizer__learning_rate": (0.01, 1e38)}, train__max_skipped_steps=3, train__eval_every=0.2)
+    entry = sweep.train_sweep(config, tmp_path / "sweep").members["learning_rate=1e+38"]
+    assert entry["status"] == "diverged"
+    diverged = tmp_path / "sweep" / "learning_rate=1e+38"
+    best = max(rows(diverged), key=lambda row: (row.get("validation_accuracy") or 0, row["step"]))
+    assert set(saved_steps(diverged / "checkpoints")) == {best["step"], entry["step"]}
+    assert best["step"] < entry["step"]
+    assert validation_accuracy(diverged, best["step"]) == best["validation_accuracy"]
 
 
 @pytest.mark.parametrize("member", [0, 5])
@@ -334,12 +367,15 @@ def test_member_equals_its_run(eight, member, tmp_path):
         values = [[row[name] for row in side if name in row] for side in (got, expected)]
         np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
     summary = json.loads((eight[0] / member.name / "summary.json").read_text())
-    assert list(summary) == list(json.loads((tmp_path / "run" / "summary.json").read_text()))
+    alone = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary) == list(alone)
+    assert (summary["best_step"], summary["best_metric"]) == (alone["best_step"], alone["best_metric"])
     template = Programs([member.config], small.dataset(20)).template()
     workdirs = eight[0] / member.name, tmp_path / "run"
-    saved = [restore(workdir / "checkpoints", STEPS, template) for workdir in workdirs]
-    small.assert_close(*(state.params for state, _ in saved), rtol=1e-3, atol=1e-5)
-    assert saved[0][1] == saved[1][1]  # and what lies beside the state
+    for step in {alone["best_step"], STEPS}:
+        saved = [restore(workdir / "checkpoints", step, template) for workdir in workdirs]
+        small.assert_close(*(state.params for state, _ in saved), rtol=1e-3, atol=1e-5)
+        assert saved[0][1] == saved[1][1]  # and what lies beside the state
 
 
 def test_batches_are_those_of_each_seed():

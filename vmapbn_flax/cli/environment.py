@@ -44,6 +44,8 @@ def _quieten_orbax() -> None:
     The tracebacks come from orbax itself, from tasks that it abandons, and from event loops that it closes while its
     threads still call them.
     """
+    import absl.logging  # noqa: F401  # makes the logger "absl", of a class that knows who logs
+
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     sys.unraisablehook = _report_unraisable

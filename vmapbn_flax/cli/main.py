@@ -4,11 +4,14 @@ Each command is a module of this package. It is imported when its arguments are 
 handled, since its imports take time.
 """
 
+import contextlib
 import importlib
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vmapbn_flax import signals
 from vmapbn_flax.cli import environment
@@ -16,9 +19,27 @@ from vmapbn_flax.cli.parser import make_parser
 from vmapbn_flax.errors import Interrupted, UsageError, UserError, described
 
 
-def console_script() -> int:
+def console_script() -> NoReturn:
     """The entry point of `vmapbn-flax`."""
-    return main(sys.argv[1:])
+    run_program(sys.argv[1:])
+
+
+def run_program(argv: Sequence[str], started: float | None = None) -> NoReturn:
+    """Runs `main`, and ends the process with its status.
+
+    A failed process ends at once: an ordinary exit would wait for its threads, which may compile for minutes.
+    """
+    try:
+        status = main(argv, started)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if status:
+        with contextlib.suppress(OSError):  # the reader of a pipe is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit()
 
 
 def main(argv: Sequence[str], started: float | None = None) -> int:

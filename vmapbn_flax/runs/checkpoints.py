@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import require_shallow
+from vmapbn_flax.runs.checkpointer import make_reader, make_saver, save_items
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.shapes import require_fit
 from vmapbn_flax.runs.sums import require_whole, write_sums
@@ -28,7 +29,7 @@ _PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is bein
 
 
 class Checkpoints:
-    """The checkpoints of one run, or of runs that train together, `<directory>/<step>/`: the latest two and the best.
+    """The checkpoints of one run, or of runs that train together, `<directory>/<step>/`: the latest two and each best.
 
     Saves run in the background; `close` waits for them, and every way out must call it. Many processes save together,
     each its own shards, into a directory that all of them see. orbax's CheckpointManager is not used: where a save
@@ -45,37 +46,31 @@ class Checkpoints:
     def __init__(self, directory: Path, *, alone: bool = False):
         self._directory = directory.absolute()
         self._first = alone or jax.process_index() == 0
-        self._kept: set[int | None] | None = None
+        self._kept: set[int] | None = None
         self._saving = self._directory
-        processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
-        self._checkpointer = ocp.AsyncCheckpointer(
-            _handler(processes),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
-            multiprocessing_options=processes,
-        )
+        self._checkpointer = make_saver(alone=alone, before_commit=self._write_sums)
         with self._failures():
             if self._first:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 for partial in self._directory.glob(f"*{_PARTIAL}*"):
                     shutil.rmtree(partial)
 
-    def save(self, step: int, state: Any, meta: Meta, best_step: int | None = None) -> None:
+    def save(self, step: int, state: Any, meta: Meta, best_steps: Iterable[int] = ()) -> None:
         """Saves `state` under `step`, unless that step is saved already.
 
         Args:
           step: of `state`.
           state: a tree of arrays that nothing changes: numpy arrays or, in many processes, global arrays.
           meta: JSON to save beside the state.
-          best_step: the step whose checkpoint is kept beside the latest two.
+          best_steps: the steps whose checkpoints are kept beside the latest two.
         """
         saved = self.steps()
         if step not in saved:
             self._saving = self._directory / str(step)
             meta = {"step": step, **meta, "versions": versions()}
-            items = {"state": ocp.args.StandardSave(_to_arrays(state)), "meta": ocp.args.JsonSave(meta)}
             with self._failures():
-                self._checkpointer.save(self._saving, args=ocp.args.Composite(**items))
-        self._kept = {*sorted({*saved, step})[-2:], best_step}
+                self._checkpointer.save(self._saving, args=save_items(_to_arrays(state), meta))
+        self._kept = {*sorted({*saved, step})[-2:], *best_steps}
 
     def _write_sums(self) -> None:
         """Called by orbax when all files are written, before the directory gets its name."""
@@ -115,17 +110,6 @@ class Checkpoints:
                 f"and permission to write there. {f'That of step {steps[-1]} is whole' if steps else 'None is whole'}; "
                 f"with room and permission, the same command continues."
             ) from error
-
-
-def _this_process() -> ocp.options.MultiprocessingOptions:
-    index = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
-    )
-
-
-def _handler(processes: ocp.options.MultiprocessingOptions) -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=processes))
 
 
 def versions() -> dict[str, str]:
@@ -189,8 +173,7 @@ def _read(path: Path, template: State) -> tuple[State, Meta]:
     """The state in `path`, as numpy arrays, whatever devices they were saved from, and the JSON beside it."""
     try:
         require_whole(path)
-        processes = _this_process()
-        with ocp.Checkpointer(_handler(processes), multiprocessing_options=processes) as checkpointer:
+        with make_reader() as checkpointer:
             meta = checkpointer.restore(path.absolute(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             if "runs" not in meta:
                 raise ValueError("it was saved by an earlier version of this program")

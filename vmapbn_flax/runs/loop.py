@@ -64,13 +64,11 @@ class Loop:
         self.step = self.first_step = restored[1]["step"] if restored else 0
         programs.compile_ahead(self.step)
         self.state: TrainState = programs.place(restored[0]) if restored else programs.create()
-        with processes.together(), contextlib.ExitStack() as opened:
+        with processes.together():
             if processes.first:  # not left to orbax: if it failed there, the others would wait
                 make_directory(directory)  # and before `open` cuts off rows
-            for record in self.active:
+            for record in self._records:
                 record.open(self.step)
-                opened.callback(record.close)
-            opened.pop_all()
         self._checkpoints = Checkpoints(directory)
 
     @property
@@ -110,11 +108,8 @@ class Loop:
             )
 
     def close(self) -> None:
-        """Waits for the save in flight, and closes the records; every way out must call it."""
-        with contextlib.ExitStack() as stack:
-            for record in self._records:
-                stack.callback(record.close)
-            stack.callback(self._checkpoints.close)
+        """Waits for the save in flight; every way out must call it."""
+        self._checkpoints.close()
 
     def run(
         self,
@@ -242,13 +237,13 @@ class Loop:
             for record in self.active:
                 record.flush()
             meta = {"runs": [record.described() for record in self._records]}
-            self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_step())
+            self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_steps())
 
-    def _best_step(self) -> int | None:
-        if len(self._records) > 1:  # each has a best step of its own
-            return None
-        best = self._records[0].best_row([self.step, *self._checkpoints.steps()])
-        return best["step"] if best else None
+    def _best_steps(self) -> set[int]:
+        """The step of the best evaluation of each run, of those that a checkpoint is saved of."""
+        saved = [self.step, *self._checkpoints.steps()]
+        best = [record.best_row(saved) for record in self._records]
+        return {row["step"] for row in best if row}
 
     def saved_steps(self) -> list[int]:
         """The steps of the checkpoints, when all are whole on the disk."""

@@ -34,10 +34,6 @@ class MetricWriter:
         self._log.flush()
         self._events.flush()
 
-    def close(self) -> None:
-        self._log.close()
-        self._events.close()
-
 
 def finite(scalars: Mapping[str, float | int]) -> dict[str, float | int | None]:
     """`scalars` with None in place of values that are not finite."""

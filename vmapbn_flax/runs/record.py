@@ -33,8 +33,11 @@ class Record:
         self._writer: MetricWriter | None = None
 
     def open(self, step: int) -> None:
-        """Opens the files of a run that is at `step`, and cuts off later rows."""
-        if self.workdir.writes:
+        """Reads the rows of a run that is at `step`, and starts to write, with later rows cut off.
+
+        Of a diverged run, nothing more is written.
+        """
+        if self.workdir.writes and not self.diverged:
             self._writer = MetricWriter(self.workdir, step)
         self.rows = [row for row in self.workdir.read_rows() if row["step"] <= step]
 
@@ -83,10 +86,6 @@ class Record:
         """Returns when the rows are on the disk."""
         if self._writer:
             self._writer.flush()
-
-    def close(self) -> None:
-        if self._writer:
-            self._writer.close()
 
     def best_row(self, saved: Sequence[int]) -> dict[str, Any] | None:
         """The best evaluation at one of the steps `saved`, by the selection metric; None without any.

@@ -165,30 +165,41 @@ class _Sweep:
                 self._ledger.mark([record.name], "diverged", step, reason)
 
     def _finish(self, loop: Loop, records: Sequence[Record], checkpoints: Path, programs: Programs) -> None:
-        """Writes each member's own checkpoint and summary, and marks it done."""
-        step = loop.saved_steps()[-1]
+        """Writes each member's own checkpoints and summary, and marks it done."""
+        steps = loop.saved_steps()
+        with self._processes.together() as agreement:  # process 0 may still have removed some
+            agreement.say(steps=steps)
+        steps = agreement.heard[0]["steps"]
+        with self._processes.together(), loop.timing.clock("checkpoint"):
+            self._save_members(records, checkpoints, steps, programs)
         with self._processes.together():
-            if self._processes.first:
-                with loop.timing.clock("checkpoint"):
-                    self._save_members(records, checkpoints, step, programs)
             device, seconds = mesh.device_name(programs.devices), loop.timing.seconds()
             for record in loop.active:
-                record.finish(step, [step], seconds, device)
-            self._ledger.mark([record.name for record in loop.active], "done", step)
+                record.finish(loop.step, steps, seconds, device)
+            self._ledger.mark([record.name for record in loop.active], "done", loop.step)
 
-    def _save_members(self, records: Sequence[Record], checkpoints: Path, step: int, programs: Programs) -> None:
-        """Saves a checkpoint of each member, taken from the group's, so that the member can be continued alone.
+    def _save_members(
+        self, records: Sequence[Record], checkpoints: Path, steps: Sequence[int], programs: Programs
+    ) -> None:
+        """Saves the best and the last checkpoint of each member on this process's devices, taken from the group's.
 
-        Process 0 does this alone: orbax saves numpy arrays in no other process.
+        They are those of a run alone: the member can be evaluated, refreshed and continued.
         """
-        state, meta = restore(checkpoints, step, programs.template())
-        runs = list(zip(records, programs.split(state), meta["runs"], strict=True))
-        for first in range(0, len(runs), _SAVES_AT_ONCE):
-            with contextlib.ExitStack() as stack:  # its end waits for the saves
-                for record, own, described in runs[first : first + _SAVES_AT_ONCE]:
-                    saved = Checkpoints(record.workdir.checkpoints, alone=True)
-                    stack.callback(saved.close)
-                    saved.save(int(own.step), own, {"runs": [{**described, "name": ""}]})
+        members: dict[int, set[int]] = {}  # whose checkpoint is to be taken from the group's, by its step
+        for i, owner in enumerate(programs.owners()):
+            if owner == self._processes.index:
+                best = records[i].best_row(steps)
+                for step in {steps[-1], best["step"] if best else steps[-1]}:
+                    members.setdefault(step, set()).add(i)
+        for step in sorted(members):
+            state, meta = restore(checkpoints, step, programs.template())
+            own, numbers = programs.split(state), sorted(members[step])
+            for first in range(0, len(numbers), _SAVES_AT_ONCE):
+                with contextlib.ExitStack() as stack:  # its end waits for the saves
+                    for i in numbers[first : first + _SAVES_AT_ONCE]:
+                        saved = Checkpoints(records[i].workdir.checkpoints, alone=True)
+                        stack.callback(saved.close)
+                        saved.save(int(own[i].step), own[i], {"runs": [{**meta["runs"][i], "name": ""}]})
 
 
 def _kind(error: Exception) -> str:

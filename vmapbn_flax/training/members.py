@@ -55,6 +55,9 @@ class OneRun:
     def split(self, tree: PyTree) -> list[PyTree]:
         return [tree]
 
+    def owners(self) -> list[int]:
+        return [0]
+
 
 class Stacked:
     """The members of a group.
@@ -107,6 +110,13 @@ class Stacked:
     def split(self, tree: PyTree) -> list[PyTree]:
         """The tree of each member, from a stacked tree on the host."""
         return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(self.count)]  # noqa: B023
+
+    def owners(self) -> list[int]:
+        """The index of the process that has each member on its devices; of several such processes, the first."""
+        if self._devices is None:
+            return [0] * self.count
+        first = self._devices.devices[:, 0]  # along the axis `data` lie copies
+        return [first[i // self._rows_each].process_index for i in range(self.count)]
 
 
 def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:

@@ -164,6 +164,10 @@ class Programs:
         """The tree of each member, on the host of every process, from a small part of a state on the devices."""
         return self._members.split(mesh.fetch(tree))
 
+    def owners(self) -> list[int]:
+        """The index of the process that has each member on its devices; of several such processes, the first."""
+        return self._members.owners()
+
     # Training.
 
     def compile_ahead(self, step: int) -> None:
