@@ -21,7 +21,8 @@ from vmapbn_flax.errors import UsageError
 
 _UINT8 = 8
 _MOST_AXES = 4
-_PREFIX = 4  # bytes before the lengths of the axes
+_LENGTHS = 4  # where the lengths of the axes begin
+_BEGINNING = 2**16  # bytes of a compressed file, in which the header is
 _NAME = re.compile(r".*?(?P<split>train|t10k|test)-(?P<kind>images|labels)[.-]idx\d-ubyte(\.gz)?", re.IGNORECASE)
 
 
@@ -65,56 +66,49 @@ def read(path: Path, max_bytes: float) -> bytes:
 def parse(content: bytes) -> UInt8[np.ndarray, "..."]:
     """The array in the content of an IDX file. It is read-only."""
     shape = _shape(content)
-    return np.frombuffer(content, np.uint8, offset=_PREFIX + 4 * len(shape)).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=_LENGTHS + 4 * len(shape)).reshape(shape)
 
 
 def _checked(content: bytes, max_bytes: float) -> bytes:
     shape = _shape(content)
-    expected = _num_values(shape, max_bytes)
-    if (got := len(content) - _PREFIX - 4 * len(shape)) != expected:
-        raise ValueError(f"{got:,} values; its header says {_described(shape)}, {expected:,}")
+    if len(content) != (expected := _num_bytes(shape, max_bytes)):
+        raise ValueError(f"{len(content):,} bytes; its header, {_described(shape)}, says {expected:,}")
     return content
 
 
 def _decompress(data: bytes, max_bytes: float) -> bytes:
     if data[:2] != b"\x1f\x8b":
         raise ValueError("Not a gzipped file")
-    gzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    header, gzip = (zlib.decompressobj(16 + zlib.MAX_WBITS) for _ in range(2))
     try:
-        prefix = gzip.decompress(data, _PREFIX)
-        lengths = gzip.decompress(gzip.unconsumed_tail, 4 * _num_axes(prefix))
-        shape = _shape(prefix + lengths)
-        expected = _num_values(shape, max_bytes)
-        values = gzip.decompress(gzip.unconsumed_tail, expected + 1)  # one more, to see that the stream ends
+        shape = _shape(header.decompress(data[:_BEGINNING], _LENGTHS + 4 * _MOST_AXES))
+        expected = _num_bytes(shape, max_bytes)
+        content = gzip.decompress(data, expected + 1)  # one more, to see that the stream ends
     except zlib.error as error:
         raise ValueError(str(error)) from None
-    if len(values) > expected or gzip.unused_data:
-        raise ValueError(f"more than its header says, {_described(shape)}")
+    if len(content) > expected or gzip.unused_data:
+        raise ValueError(f"more bytes than its header, {_described(shape)}, says")
     if not gzip.eof:
-        raise ValueError(f"a part of what its header says, {_described(shape)}")
-    return b"".join((prefix, lengths, values))
-
-
-def _num_axes(prefix: bytes) -> int:
-    if len(prefix) < _PREFIX or prefix[:2] != b"\0\0" or not 1 <= prefix[3] <= _MOST_AXES:
-        raise ValueError("no header of IDX")
-    if prefix[2] != _UINT8:
-        raise ValueError(f"values of the type 0x{prefix[2]:02x}, not 0x{_UINT8:02x}, unsigned bytes")
-    return prefix[3]
+        raise ValueError("a file that ended before the end-of-stream marker")
+    return _checked(content, max_bytes)
 
 
 def _shape(content: bytes) -> tuple[int, ...]:
-    num_axes = _num_axes(content[:_PREFIX])
-    if len(content) < _PREFIX + 4 * num_axes:
+    if len(content) < _LENGTHS or content[:2] != b"\0\0" or not 1 <= (num_axes := content[3]) <= _MOST_AXES:
+        raise ValueError("no header of IDX")
+    if content[2] != _UINT8:
+        raise ValueError(f"values of the type 0x{content[2]:02x}, not 0x{_UINT8:02x}, unsigned bytes")
+    if len(content) < _LENGTHS + 4 * num_axes:
         raise ValueError("a part of a header")
-    return tuple(np.frombuffer(content, ">u4", num_axes, offset=_PREFIX).tolist())
+    return tuple(np.frombuffer(content, ">u4", num_axes, offset=_LENGTHS).tolist())
 
 
-def _num_values(shape: tuple[int, ...], max_bytes: float) -> int:
+def _num_bytes(shape: tuple[int, ...], max_bytes: float) -> int:
+    """Of the whole content of a file."""
     if (num_values := math.prod(shape)) > max_bytes:
         gigabytes = f"{num_values / 1e9:.3g} GB, more than {max_bytes / 1e9:.3g} GB"
         raise ValueError(f"a header that says {_described(shape)}: {gigabytes}")
-    return num_values
+    return _LENGTHS + 4 * len(shape) + num_values
 
 
 def _described(shape: tuple[int, ...]) -> str:

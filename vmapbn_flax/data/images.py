@@ -84,16 +84,18 @@ def _opened(path: Path) -> Iterator[Image]:
             file.seek(0)
             reader = next((reader for magic, reader in _READERS.items() if start.startswith(magic)), None)
             if reader is None:
-                raise ValueError("neither PNG nor JPEG")
+                raise _unreadable(path, "neither PNG nor JPEG")
             with reader(file) as image:
                 yield image
     except UsageError:
         raise
     except Exception as error:  # a damaged image may raise anything
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(
-            f"{path}: got {reason}; expected a whole PNG or JPEG image. Replace the file, or take it away."
-        ) from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise _unreadable(path, getattr(error, "strerror", None) or f"a damaged image ({reason})") from None
+
+
+def _unreadable(path: Path, got: str) -> UsageError:
+    return UsageError(f"{path}: got {got}; expected a whole PNG or JPEG image. Replace the file, or take it away.")
 
 
 def _shape(image: Image, path: Path) -> tuple[int, ...]:
