@@ -11,7 +11,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", "docs/equinox.md", "docs/story.md"]
+RUN = ["README.md", "docs/data.md", "docs/equinox.md", "docs/story.md"]
 
 
 def test_every_page_with_code_is_run():

@@ -106,6 +106,22 @@ def test_held_out(original, tmp_path, memory_limit):
     assert sorted(both.tolist()) == sorted(train.images.tolist())
 
 
+def test_a_class_that_test_lacks(original, tmp_path):
+    where = shutil.copytree(original[0], tmp_path / "own")
+    shutil.rmtree(where / "test/dog")
+    dataset = load("folder", where)
+    assert (dataset.num_classes, np.bincount(dataset.test.labels).tolist()) == (4, [3, 0, 3, 3])
+
+
+def test_pixels_as_they_are_stored(own):
+    """A photo that its EXIF data turn on its side."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    image = PIL.Image.fromarray(np.full(COLOUR, 7, np.uint8))
+    image.save(own / "test/cat/0000.jpg", exif=exif)
+    assert (load("folder", own).test.images == 7).all((1, 2, 3)).sum() == 1
+
+
 def test_hidden_files_are_left_alone(original, tmp_path):
     where = shutil.copytree(original[0], tmp_path / "own")
     for place in ("train/.DS_Store", "test/.thumbnails", "train/cat/.hidden.txt"):
