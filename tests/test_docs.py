@@ -22,6 +22,7 @@ def test_every_page_with_code_is_run():
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """In order, in one namespace a page and an empty directory; a block that starts with >>> is a doctest."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     path = ROOT / page
     text, namespace = path.read_text(), {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
