@@ -40,8 +40,7 @@ def open_records(name: str, directory: Path, command: str) -> Dataset:
             Records(directory, command, split, source, tfds.features.FeaturesDict(features), range(len(source)))
             for split, source in sources.items()
         )
-    label = features["label"]
-    return Dataset(name, label.num_classes, train, test, class_names=tuple(label.names))
+    return Dataset(name, features["label"].num_classes, train, test)
 
 
 @dataclasses.dataclass(frozen=True)
