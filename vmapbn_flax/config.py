@@ -1,6 +1,8 @@
 """The table of the config's fields, and the checks that read it: before any data loads, and before a run resumes."""
 
+import functools
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from vmapbn_flax.defaults import default_config
 from vmapbn_flax.errors import RunError, UsageError
 
 _NORMS = ("vmap", "batched", "none")
 _WIDEST = 2**16  # units; the weights between two such layers take 17 GB
+_MOST_DEVICES = 2**12  # that a CPU is divided into; each has threads of its own
+MOST_MEMBERS = 10_000  # of a sweep
 
 
 class Field(NamedTuple):
@@ -19,7 +24,8 @@ class Field(NamedTuple):
 
     Attributes:
       expected: the valid values in words; `{train.batch_size}` stands for the value of that field.
-      valid: `valid(value, config)` says whether a value is valid; a traced float arrives rounded to float32.
+      valid: `valid(value, config)` says whether a value of the default's type is valid; a traced float arrives rounded
+        to float32.
       resumable: whether a resume may change the field: it sets how often a run reports, where it runs, or where its
         data lies.
       traced: the type of the field as an argument of compiled programs, where epochs arrive as steps; None if a
@@ -52,6 +58,16 @@ def _below_one(expected: str) -> Field:
     return Field(expected, lambda value, config: 0 <= value < 1, traced=np.float32)
 
 
+def _devices(expected: str) -> Field:
+    return Field(
+        f"{expected}, at most {_MOST_DEVICES}", lambda value, config: 0 <= value <= _MOST_DEVICES, resumable=True
+    )
+
+
+def _is_path(path: str, config: ConfigDict) -> bool:
+    return b"\0" not in os.fsencode(path)
+
+
 def _is_ghost_batch(size: int, config: ConfigDict) -> bool:
     divides = config.model.norm != "none" and size >= 2 and config.train.batch_size % size == 0
     return size == 0 or divides
@@ -66,7 +82,7 @@ FIELDS = {
     "train.num_epochs": _positive("a positive number; it may be a fraction", traced=np.int32),
     "seed": Field("an integer in [0, 2**32)", lambda value, config: 0 <= value < 2**32, traced=np.uint32),
     "data.name": Field("mnist, idx, npz, folder, or a set of tensorflow-datasets", lambda value, config: bool(value)),
-    "data.dir": Field("a directory, or '' for the usual one", resumable=True),
+    "data.dir": Field("a directory, or '' for the usual one", _is_path, resumable=True),
     "data.test_fraction": Field("a fraction in [0, 1)", lambda value, config: 0 <= value < 1),
     "data.validation_size": _at_least(0, "a number of examples, 0 for none"),
     "data.memory_limit": _positive("a positive number of gigabytes", resumable=True),
@@ -101,9 +117,9 @@ FIELDS = {
     "train.eval_batch_size": _count("examples", resumable=True),
     "train.max_skipped_steps": _count("steps", resumable=True),
     "train.profile": Field("True or False", lambda value, config: isinstance(value, bool), resumable=True),
-    "mesh.data": _at_least(0, "a number of devices, 0 for automatic", resumable=True),
-    "mesh.member": _at_least(0, "a number of devices, 0 for all", resumable=True),
-    "mesh.cpu_devices": _at_least(0, "a number of devices, 0 for automatic", resumable=True),
+    "mesh.data": _devices("a number of devices, 0 for automatic"),
+    "mesh.member": _devices("a number of devices, 0 for all"),
+    "mesh.cpu_devices": _devices("a number of devices, 0 for automatic"),
     "mesh.replicate_limit": _at_least(0, "a number of bytes, 0 to divide any data set", resumable=True),
     "distributed.coordinator": Field(
         "'host:port' of process 0, 'slurm', or '' for one process",
@@ -121,7 +137,9 @@ FIELDS = {
         resumable=True,
     ),
     "sweep_options.mode": _one_of("product", "zip", "random", resumable=True),
-    "sweep_options.size": _at_least(1, "1 or more draws", resumable=True),
+    "sweep_options.size": Field(
+        f"1 to {MOST_MEMBERS} draws", lambda value, config: 1 <= value <= MOST_MEMBERS, resumable=True
+    ),
     "sweep_options.seed": _at_least(0, "an integer of 0 or more", resumable=True),
     "sweep_options.chunk": _at_least(0, "a number of members, 0 for automatic", resumable=True),
     "sweep_options.on_failure": _one_of("continue", "stop", resumable=True),
@@ -151,11 +169,24 @@ def validate(config: ConfigDict) -> None:
             f"vmapbn_flax.default_config(). Start from that and change what differs."
         )
     for name, field in FIELDS.items():
-        if not _is_valid(field, values[name], config):
+        if not (_has_type(values[name], _types().get(name)) and _is_valid(field, values[name], config)):
             expected = field.expected.format_map(config)
             raise UsageError(
                 f"config.{name}: got {values[name]!r}, expected {expected}. Change it with --config.{name}=..."
             )
+
+
+@functools.cache
+def _types() -> dict[str, type]:
+    """The types of the defaults."""
+    return {name: type(value) for name, value in flat(default_config()).items()}
+
+
+def _has_type(value: Any, expected: type | None) -> bool:
+    """Whether `value` has the type that its field `expected`, or could be written for one, as 1 for 1.0."""
+    if expected is None or isinstance(value, bool):
+        return expected in (None, bool)
+    return isinstance(value, (float, int) if expected is float else expected)
 
 
 def _is_valid(field: Field, value: Any, config: ConfigDict) -> bool:
@@ -164,7 +195,7 @@ def _is_valid(field: Field, value: Any, config: ConfigDict) -> bool:
             with np.errstate(over="ignore"):
                 value = float(np.float32(value))  # as training sees it
         return field.valid(value, config)
-    except (AttributeError, TypeError, ValueError):  # the value has another type
+    except (AttributeError, ArithmeticError, TypeError, ValueError):  # no such value
         return False
 
 
@@ -239,7 +270,7 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
-    """`config` with the values in `saved`, JSON that was read from the file `source`.
+    """`config` with the values in `saved`, JSON that was read from the file `source`, in a single process.
 
     Raises:
       RunError: `saved` has a field that `config` lacks, or a value of another type.
@@ -250,6 +281,7 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
         with config.sweep.unlocked():  # its fields are those that a sweep names
             config.sweep.update(_tuples(saved.pop("sweep", {})))
         config.update(saved)
+        config = without_distributed(config)  # no file says which machines to connect to
         if None in flat(config).values():
             raise ValueError("a field is null")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -4,12 +4,18 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
-from collections.abc import Callable
+import stat
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError, unwritable
+
+_LONGEST_JSON = 2**26  # bytes
+_DEEPEST_JSON = 30  # objects and lists inside one another
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -47,6 +53,45 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_file(path: Path, most: float = _LONGEST_JSON) -> bytes:
+    """The content of the file `path`, which comes from anywhere.
+
+    Raises:
+      OSError: the file cannot be read, is a pipe or a device, which might never end, or has more than `most` bytes.
+    """
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "A pipe or a device", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return path.read_bytes()
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """The JSON object `content`, which comes from anywhere.
+
+    Raises:
+      ValueError: it is no JSON, no object, or nested so deep that code which follows the nesting would fail.
+    """
+    try:
+        parsed = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"a {type(parsed).__name__}, not an object")
+    level: list[Any] = [parsed]
+    depth = 1
+    while level := [value for outer in level for value in _inner(outer) if isinstance(value, dict | list)]:
+        depth += 1
+        if depth > _DEEPEST_JSON:
+            raise ValueError(f"nested more than {_DEEPEST_JSON} deep")
+    return parsed
+
+
+def _inner(value: dict | list) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
@@ -54,13 +99,10 @@ def read_json(path: Path) -> dict[str, Any]:
       RunError: the file is missing or damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}, not an object")
-        return content
+        return parse_json(read_file(path))
     except OSError as error:
         raise RunError(f"{path}: got {error.strerror}; expected the workdir of a run, which has this file.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RunError(
             f"{path}: got damaged JSON ({error}); expected what a run wrote there. Put it back from a copy, or "
             f"start afresh in another --workdir."
@@ -120,16 +162,16 @@ def read_lines(path: Path) -> list[tuple[bytes, dict]]:
     Raises:
       RunError: a line before the last is damaged.
     """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_file(path, math.inf).splitlines(keepends=True) if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and isinstance(row.get("step"), int) and line.endswith(b"\n")):
+            row = parse_json(line)
+            if not (type(row.get("step")) is int and 0 <= row["step"] < 2**63 and line.endswith(b"\n")):
                 raise ValueError("no object with an integer step")
-            if not all(value is None or isinstance(value, int | float) for value in row.values()):
-                raise ValueError("a value that is neither a number nor null")
-        except (ValueError, RecursionError) as error:
+            if not all(value is None or _is_number(value) for value in row.values()):
+                raise ValueError("a value that is neither a finite number nor null")
+        except ValueError as error:
             if number == len(lines):
                 break
             raise RunError(
@@ -138,3 +180,8 @@ def read_lines(path: Path) -> list[tuple[bytes, dict]]:
             ) from None
         rows.append((line, row))
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `value` is one that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

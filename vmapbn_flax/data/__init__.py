@@ -1,8 +1,8 @@
 """Sets of labelled images, in memory or on the disk: the bundled MNIST, a person's own files, and sets prepared by
 tensorflow-datasets.
 
-Uses numpy, Pillow for folders of images and tensorflow-datasets for prepared sets; of this package `errors` alone.
-Nothing here imports JAX.
+Uses numpy, Pillow and, for prepared sets, tensorflow-datasets; of this package `errors` and `files`. Nothing here
+imports JAX.
 """
 
 import dataclasses

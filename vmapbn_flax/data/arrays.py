@@ -147,10 +147,12 @@ def gather(
     examples: Examples,
     rows: Integer[np.ndarray, " rows"],
     stopped: Callable[[], bool] = lambda: False,
+    on_read: Callable[[int], object] = lambda count: None,
 ) -> Split:
     """`examples.read(rows)`, a block at a time, with zeros where a row is -1.
 
-    Asks `stopped` before each block; once it is true, the rest stays zero.
+    Asks `stopped` before each block; once it is true, the rest stays zero. Calls `on_read` with the number of examples
+    in a block when it is read.
     """
     images, labels = np.zeros((len(rows), *examples.image_shape), np.uint8), np.zeros(len(rows), np.int32)
     (wanted,) = np.nonzero(rows >= 0)
@@ -160,4 +162,5 @@ def gather(
         places = wanted[start : start + _BLOCK]
         block = examples.read(rows[places])
         images[places], labels[places] = block.images, block.labels
+        on_read(len(places))
     return Split(images, labels)

@@ -2,7 +2,8 @@
 
 A prepared set is a directory `<data_dir>/<name>[/<config>]/<version>`. If its images fit in memory, they are
 decoded once, and the arrays are kept in the user's cache directory until a file of the prepared set changes.
-Reading that cache does not import tensorflow-datasets.
+Reading that cache does not import tensorflow-datasets. Nor is anything imported, executed or unpickled that a prepared
+set names, wherever it comes from.
 """
 
 import dataclasses
@@ -14,14 +15,17 @@ import math
 import os
 import re
 import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from vmapbn_flax.data.arrays import Dataset, Split, expanded, gather
-from vmapbn_flax.data.records import SPLITS, first_line, open_records
+from vmapbn_flax.data.description import SPLITS
+from vmapbn_flax.data.records import first_line, open_records
 from vmapbn_flax.errors import UsageError
 
 _NAME = re.compile(r"(?P<set>[A-Za-z]\w*)(/(?P<config>\w[\w+.-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
@@ -47,15 +51,18 @@ def load(name: str, data_dir: str = "", max_bytes: float = math.inf) -> Dataset:
     directory = _find(name, root, command)
     identity = _identity(directory, command)
     cache = _cache_path(directory)
-    if (cached := _read_cache(cache, name, identity, max_bytes)) is not None:
+    if cache is not None and (cached := _read_cache(cache, name, identity, max_bytes)) is not None:
         return cached
     records = open_records(name, directory, command)
     if records.nbytes > max_bytes:
         return records
-    _log.info("%s: decoding the images, this once", directory)
-    train, test = (gather(split, np.arange(len(split))) for split in (records.train, records.test))
+    total = len(records.train) + len(records.test)
+    with tqdm(total=total, unit="image", desc=f"{name}: decoding", disable=not sys.stderr.isatty()) as bar:
+        splits = (records.train, records.test)
+        train, test = (gather(split, np.arange(len(split)), on_read=bar.update) for split in splits)
     dataset = dataclasses.replace(records, train=train, test=test)
-    _write_cache(cache, dataset, identity)
+    if cache is not None:
+        _write_cache(cache, dataset, identity)
     return dataset
 
 
@@ -118,9 +125,16 @@ def _identity(directory: Path, command: str) -> str:
     return hashlib.sha256(repr((_CACHE_FORMAT, stats)).encode()).hexdigest()
 
 
-def _cache_path(directory: Path) -> Path:
-    """One file for each prepared directory, so that a set prepared again replaces its old cache."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+def _cache_path(directory: Path) -> Path | None:
+    """One file for each prepared directory, so that a set prepared again replaces its old cache.
+
+    None where the user has no home directory.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        _log.warning("got no home directory and no XDG_CACHE_HOME; the images are decoded at every start.")
+        return None
     place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
     return caches / "vmapbn_flax" / f"{place}.npz"
 
@@ -128,6 +142,8 @@ def _cache_path(directory: Path) -> Path:
 def _read_cache(path: Path, name: str, identity: str, max_bytes: float) -> Dataset | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as cache:
+            if sum(member.file_size for member in cache.zip.infolist()) > path.stat().st_size:
+                raise ValueError("more inside than the file has bytes")  # we compress nothing
             if cache["identity"].item() != identity or cache["num_bytes"].item() > max_bytes:
                 return None
             train, test = (Split(cache[f"{split}_images"], cache[f"{split}_labels"]) for split in SPLITS)

@@ -2,17 +2,19 @@
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Integer, UInt8
 
 from vmapbn_flax.data.arrays import Dataset, Examples, Split
+from vmapbn_flax.data.description import SPLITS, read_description
 from vmapbn_flax.errors import UsageError
 
-SPLITS = ("train", "test")
+_MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "P"), 4: ("RGBA",)}  # of image files, by channels; the first is decoded
 
 
 def open_records(name: str, directory: Path, command: str) -> Dataset:
@@ -26,21 +28,27 @@ def open_records(name: str, directory: Path, command: str) -> Dataset:
     Raises:
       UsageError: the data set cannot be read, or is not of the kind that `prepared.load` describes.
     """
-    import tensorflow_datasets as tfds
-
     with _reading(directory, command):
-        builder = tfds.builder_from_directory(directory)
-        _require_image_classification(builder, directory, command, tfds)
-        features = {key: builder.info.features[key] for key in ("image", "label")}
-        raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        sources = {
-            split: builder.as_data_source(split, deserialize_method=raw, file_format="array_record") for split in SPLITS
-        }
+        described = read_description(directory, command)
+        shape, num_classes = described.image_shape, described.num_classes
         train, test = (
-            Records(directory, command, split, source, tfds.features.FeaturesDict(features), range(len(source)))
-            for split, source in sources.items()
+            Records(directory, command, split, source, shape, num_classes, range(len(source)))
+            for split in SPLITS
+            for source in [_open_shards(described.shards[split], described.counts[split])]
         )
-    return Dataset(name, features["label"].num_classes, train, test)
+    return Dataset(name, num_classes, train, test)
+
+
+def _open_shards(shards: list[Path], count: int) -> Any:
+    """The records in files that should hold `count` of them; any of several threads may read them."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    if strays := [shard.name for shard in shards if not shard.is_file()]:  # a pipe would be waited for
+        raise ValueError(f"{strays[0]} is no file")
+    source = ArrayRecordDataSource(shards)
+    if len(source) != count or count > sum(shard.stat().st_size for shard in shards):
+        raise ValueError(f"{shards[0].name} and its like hold {len(source)} examples, not {count}")
+    return source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +56,24 @@ class Records(Examples):
     """The examples `numbers` of the split `name` in `directory`, decoded whenever they are read.
 
     Several threads may read at the same time.
+
+    Attributes:
+      source: the records of the whole split.
+      shape: of an image, `(height, width, channels)`.
+      num_classes: the labels are below it.
     """
 
     directory: Path
     command: str
     name: str
     source: Any
-    features: Any
+    shape: tuple[int, int, int]
+    num_classes: int
     numbers: range
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        shape = self.features["image"].shape
-        return shape[:-1] if shape[-1] == 1 else shape
+        return self.shape[:-1] if self.shape[-1] == 1 else self.shape
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -69,21 +82,34 @@ class Records(Examples):
         return dataclasses.replace(self, numbers=self.numbers[examples])
 
     def read(self, rows: Integer[np.ndarray, " rows"]) -> Split:
-        shape, num_classes = self.features["image"].shape, self.features["label"].num_classes
-        images = np.empty((len(rows), *shape), np.uint8)
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        images = np.empty((len(rows), *self.image_shape), np.uint8)
         labels = np.empty(len(rows), np.int64)
         with _reading(self.directory, self.command):
             for i, record in enumerate(self.source.__getitems__([self.numbers[row] for row in rows.tolist()])):
-                example = self.features.deserialize_example_np(record)
-                if example["image"].shape != shape:
-                    raise ValueError(f"an image of shape {example['image'].shape}, not {shape}")
-                images[i], labels[i] = example["image"], example["label"]
-        if labels.min() < 0 or labels.max() >= num_classes:
+                features = tf_example_pb2.Example.FromString(record).features.feature
+                (file,), (labels[i],) = features["image"].bytes_list.value, features["label"].int64_list.value
+                images[i] = _decode(file, self.shape)
+        if labels.min() < 0 or labels.max() >= self.num_classes:
             raise UsageError(
                 f"{self.directory}: got labels from {labels.min()} to {labels.max()} in the {self.name} split; "
-                f"expected 0 to {num_classes - 1}. Choose a data set whose {self.name} labels are public."
+                f"expected 0 to {self.num_classes - 1}. Choose a data set whose {self.name} labels are public."
             )
-        return Split(images.reshape(len(rows), *self.image_shape), labels.astype(np.int32))
+        return Split(images, labels.astype(np.int32))
+
+
+def _decode(file: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width *channels"]:
+    """The image in the content of a PNG or JPEG file, if its header says `shape`; otherwise nothing is decoded."""
+    from PIL.JpegImagePlugin import JpegImageFile
+    from PIL.PngImagePlugin import PngImageFile
+
+    # Not PIL.Image.open, which tries every format, and warns of a large image before we refuse it.
+    with (PngImageFile if file.startswith(b"\x89PNG") else JpegImageFile)(io.BytesIO(file)) as image:
+        got, modes = (image.height, image.width, len(image.getbands())), _MODES[shape[-1]]
+        if got[:2] != shape[:2] or image.mode not in modes:
+            raise ValueError(f"an image of shape {got}, not {shape}, in mode {image.mode}")
+        return np.asarray(image.convert(modes[0]))
 
 
 @contextlib.contextmanager
@@ -97,43 +123,6 @@ def _reading(directory: Path, command: str) -> Iterator[None]:
             f"{directory}: got {type(error).__name__} when reading ({first_line(error)}); expected a "
             f"complete data set. If a file is damaged, remove that directory and prepare it again: {command}"
         ) from error
-
-
-def _require_image_classification(builder: Any, directory: Path, command: str, tfds: Any) -> None:
-    info, wanted_format = builder.info, tfds.core.FileFormat.ARRAY_RECORD
-    if wanted_format not in info.available_file_formats():
-        raise UsageError(
-            f"{directory}: got files in the format {info.file_format.value}; expected {wanted_format.value}. "
-            f"Remove that directory, or choose another data.dir, and prepare it there: {command}"
-        )
-    features = dict(info.features.items())
-    image, label = features.get("image"), features.get("label")
-    if not (
-        isinstance(image, tfds.features.Image)
-        and None not in image.shape
-        and image.np_dtype == np.uint8
-        and isinstance(label, tfds.features.ClassLabel)
-        and label.num_classes
-    ):
-        got = ", ".join(f"{key}: {_describe(feature)}" for key, feature in sorted(features.items()))
-        raise UsageError(
-            f"{directory}: got features {got}; expected image: Image of one known size in uint8, and label: "
-            f"ClassLabel with a number of classes. Choose an image classification set of that kind."
-        )
-    counts = {split: info.splits[split].num_examples for split in info.splits}
-    if not all(counts.get(split) for split in SPLITS):
-        got = ", ".join(f"{split} ({count} examples)" for split, count in counts.items())
-        raise UsageError(
-            f"{directory}: got the splits {got}; expected examples in {' and '.join(SPLITS)}. "
-            f"Choose a data set that has both."
-        )
-
-
-def _describe(feature: Any) -> str:
-    """A feature in words, such as "Image (None, None, 3) uint8"."""
-    if hasattr(feature, "num_classes"):
-        return f"{type(feature).__name__} of {feature.num_classes} classes"
-    return f"{type(feature).__name__} {feature.shape} {np.dtype(feature.np_dtype).name}"
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError, unwritable
-from vmapbn_flax.files import make_directory, read_json, read_lines, write_json
+from vmapbn_flax.files import make_directory, read_file, read_json, read_lines, write_json
 
 
 class Workdir:
@@ -114,7 +114,7 @@ class Workdir:
     @property
     def holder(self) -> str:
         """The process that has the lock, or had it last, in words."""
-        return self._lock_file.read_text(errors="replace") if self._lock_file.exists() else ""
+        return read_file(self._lock_file).decode(errors="replace") if self._lock_file.exists() else ""
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -126,6 +126,11 @@ class Workdir:
           RunError: another process has the lock, or the workdir cannot be written to.
         """
         make_directory(self.path)
+        if link := next(_links(self.path), None):
+            raise RunError(
+                f"{link}: got a link in a workdir; expected files of its own, for what is behind a link would be "
+                f"written to. Put in its place what it leads to, or choose another --workdir."
+            )
         try:
             file = self._lock_file.open("a+", errors="replace")
         except OSError as error:
@@ -146,3 +151,13 @@ class Workdir:
             except OSError as error:
                 raise unwritable(self.path, error) from error
             yield
+
+
+def _links(directory: Path, depth: int = 2) -> Iterator[str]:
+    """The symbolic links in `directory`, and so deep below it as a run of a sweep writes."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield entry.path
+            elif depth and entry.is_dir():
+                yield from _links(Path(entry.path), depth - 1)

@@ -5,13 +5,14 @@ import itertools
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import FIELDS, flat, validate, without_distributed
+from vmapbn_flax.config import FIELDS, MOST_MEMBERS, flat, validate, without_distributed
 from vmapbn_flax.errors import UsageError
 
 _DISTRIBUTIONS = ("uniform", "log_uniform")
@@ -72,6 +73,8 @@ def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
 
 
 def _product(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
+    if (count := math.prod(map(len, sweep.values()))) > MOST_MEMBERS:
+        raise UsageError(f"config.sweep: got {count} members, expected at most {MOST_MEMBERS}. Sweep fewer values.")
     for values in itertools.product(*sweep.values()):
         yield dict(zip(sweep, values, strict=True))
 
@@ -152,7 +155,7 @@ def _spell(value: Any) -> str:
 
 def _check(members: Sequence[Member]) -> None:
     names = [member.name for member in members]
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UsageError(f"config.sweep: got the member {twice[0]} twice, expected members that differ")
     if longest := [name for name in names if len(name) > _LONGEST_NAME]:
         raise UsageError(

@@ -39,8 +39,13 @@ class Ledger:
         """
         try:
             self.members, self.groups = dict(content["members"]), [list(names) for names in content["groups"]]
-            if any(entry["status"] not in STATUSES for entry in self.members.values()):
-                raise ValueError("an unknown status")
+            for entry in self.members.values():
+                if (
+                    entry["status"] not in STATUSES
+                    or type(entry["step"]) is not int
+                    or type(entry["reason"]) is not str
+                ):
+                    raise ValueError(f"a member with {entry}")
             if sorted(name for names in self.groups for name in names) != sorted(self.members):
                 raise ValueError("groups that do not have its members")
         except (KeyError, TypeError, ValueError) as error:

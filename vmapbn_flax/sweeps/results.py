@@ -63,7 +63,7 @@ def read_settings(workdir: Workdir) -> list[Setting]:
     ledger = Ledger(workdir)
     try:
         members = expand(ConfigDict(workdir.read_config()))
-    except (AttributeError, KeyError, TypeError, UsageError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
         raise RunError(f"{workdir.config}: got a config that does not fit ({error}), expected a sweep's") from None
     results = [
         _read(workdir.member(member.name), member.name, member.values, ledger.members[member.name])
