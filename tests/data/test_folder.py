@@ -175,7 +175,7 @@ def test_a_bar_on_a_terminal(own, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     os.utime(own / "train/cat/0004.png")
     load("folder", own)
-    assert "own: decoding, this once: 100%" in capsys.readouterr().err
+    assert "own: decoding: 100%" in capsys.readouterr().err
 
 
 # What may be wrong.

@@ -100,7 +100,7 @@ DAMAGE = {
     "twice": (rewrite(IMAGES.removesuffix(".gz"), b""), "", f"got {IMAGES.removesuffix('.gz')} and {IMAGES}; expected"),
     "empty": (rewrite(IMAGES, b""), IMAGES, "got Not a gzipped file"),
     "truncated": (truncate, IMAGES, "ended before the end-of-stream"),
-    "pipe": (pipe, IMAGES, "got something that is not a file"),
+    "pipe": (pipe, IMAGES, "got A pipe or a device"),
     "no_idx": (rewrite(IMAGES, gzip.compress(b"images")), IMAGES, "got no header of IDX"),
     "half_a_header": (rewrite(IMAGES, gzip.compress(header(40, 8, 9)[:-1])), IMAGES, "got a part of a header"),
     "floats": (rewrite(IMAGES, zipped(TRAIN.images, code=0x0D)), IMAGES, "got values of the type 0x0d, not 0x08"),
@@ -155,7 +155,7 @@ def test_larger_than_the_limit(directory):
     assert not load("idx", directory, memory_limit=(num_bytes + 1) / 1e9).streamed
     with pytest.raises(UsageError, match=rf"^{directory}: got 0\.01 GB of images; expected .*memory_limit=3\.95e-06"):
         load("idx", directory, memory_limit=(num_bytes - 1) / 1e9)
-    with pytest.raises(UsageError, match=r"images.*: got 2\.\d+e-06 GB, more than 1e-06"):
+    with pytest.raises(UsageError, match=r"images.*: got File too large; expected .*memory_limit=1e-06"):
         load("idx", directory, memory_limit=1e-6)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from vmapbn_flax.data import prepared
 from vmapbn_flax.data.arrays import Dataset, Examples, Split
-from vmapbn_flax.data.images import decode, image_shape, read_image
+from vmapbn_flax.data.cache import decoded
+from vmapbn_flax.data.images import image_shape, read_image
 from vmapbn_flax.data.splits import hold_out, permutation, require_test
 from vmapbn_flax.errors import UsageError
 
@@ -52,15 +52,11 @@ def load(directory: Path, test_fraction: float, max_bytes: float) -> Dataset:
     else:
         rest, held_out = hold_out(train.labels, test_fraction, str(directory / "train"))
         train, test = train.select(rest), train.select(held_out)
-    dataset = Dataset(str(directory), len(names), train, test, class_names=names)
+    name = str(directory)
+    dataset = Dataset(name, len(names), train, test, class_names=names)
     if dataset.nbytes > max_bytes:
         return dataset
-    identity, cache = _identity(train, test), prepared._cache_path(directory)
-    if (cached := prepared._read_cache(cache, dataset.name, identity, max_bytes)) is not None:
-        return dataclasses.replace(cached, class_names=names)
-    dataset = decode(dataset, f"{directory.name}: decoding, this once")
-    prepared._write_cache(cache, dataset, identity)
-    return dataset
+    return decoded(directory, name, _identity(train, test), max_bytes, lambda: dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +161,7 @@ def _scanned(directory: Path) -> "os._ScandirIterator[str]":
 
 def _identity(*splits: ImageFiles) -> str:
     """A digest of the names, sizes and times of the files, and of the split that each is in."""
-    digest = hashlib.sha256(str(prepared._CACHE_FORMAT).encode())
+    digest = hashlib.sha256()
     for split in splits:
         for file in split.files:
             try:

@@ -6,7 +6,6 @@ bytes, and the values.
 
 import math
 import re
-import stat
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from jaxtyping import UInt8
 from vmapbn_flax.data.arrays import Dataset
 from vmapbn_flax.data.splits import ArrayFile, make_dataset
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.files import read_file
 
 _UINT8 = 8
 _MOST_AXES = 4
@@ -50,16 +50,11 @@ def read(path: Path, max_bytes: float) -> bytes:
     Allocates little more than the values that the header declares, and than `max_bytes`.
 
     Raises:
-      OSError: the file cannot be read.
-      ValueError: it is not an IDX file of uint8, is longer or shorter than its header says, or is larger than
+      OSError: the file cannot be read, or is larger than `max_bytes`.
+      ValueError: it is not an IDX file of uint8, is longer or shorter than its header says, or expands to more than
         `max_bytes`.
     """
-    status = path.stat()  # before it is opened: a pipe would wait for a writer
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("something that is not a file")
-    if status.st_size > max_bytes:
-        raise ValueError(f"{status.st_size / 1e9:.3g} GB, more than {max_bytes / 1e9:.3g} GB")
-    data = path.read_bytes()
+    data = read_file(path, max_bytes)
     return _decompress(data, max_bytes) if path.suffix.lower() == ".gz" else _checked(data, max_bytes)
 
 

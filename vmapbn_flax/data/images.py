@@ -1,8 +1,6 @@
-"""PNG and JPEG files: opened with a look at their size before a pixel is decoded, and decoded with a progress bar."""
+"""PNG and JPEG files, whose kind and size are looked at before a pixel is decoded."""
 
 import contextlib
-import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,11 @@ from jaxtyping import UInt8
 from PIL.Image import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from tqdm import tqdm
 
-from vmapbn_flax.data.arrays import Dataset, Examples, Split
+from vmapbn_flax.data.records import first_line
 from vmapbn_flax.data.splits import described
 from vmapbn_flax.errors import UsageError
 
-_BLOCK = 4096  # examples between two looks at the bar
 _MOST_PIXELS = 2**26  # of one image
 _CHANNELS = {"L": (), "RGB": (3,)}  # by Pillow's name of the mode
 _READERS: dict[bytes, Callable[[Any], Image]] = {b"\x89PNG": PngImageFile, b"\xff\xd8": JpegImageFile}
@@ -54,27 +50,6 @@ def read_image(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "height 
         return np.asarray(image)
 
 
-def decode(dataset: Dataset, title: str) -> Dataset:
-    """`dataset` with its splits as arrays; on a terminal, a bar shows how many images are decoded.
-
-    Raises:
-      UsageError: an image cannot be read.
-    """
-    total = len(dataset.train) + len(dataset.test)
-    with tqdm(total=total, desc=title, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
-
-        def arrays(split: Examples) -> Split:
-            images, labels = np.empty((len(split), *split.image_shape), np.uint8), np.empty(len(split), np.int32)
-            for start in range(0, len(split), _BLOCK):
-                part = slice(start, start + _BLOCK)
-                block = split[part].read(np.arange(len(labels[part])))
-                images[part], labels[part] = block.images, block.labels
-                bar.update(len(block))
-            return Split(images, labels)
-
-        return dataclasses.replace(dataset, train=arrays(dataset.train), test=arrays(dataset.test))
-
-
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image]:
     """The image in a file, of which only the header is read yet; every error names the file."""
@@ -90,8 +65,8 @@ def _opened(path: Path) -> Iterator[Image]:
     except UsageError:
         raise
     except Exception as error:  # a damaged image may raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise _unreadable(path, getattr(error, "strerror", None) or f"a damaged image ({reason})") from None
+        got = getattr(error, "strerror", None) or f"a damaged image ({first_line(error)})"
+        raise _unreadable(path, got) from None
 
 
 def _unreadable(path: Path, got: str) -> UsageError:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vmapbn_flax.data.arrays import Dataset
+from vmapbn_flax.data.records import first_line
 from vmapbn_flax.data.splits import ArrayFile, make_dataset
 from vmapbn_flax.errors import UsageError
 
@@ -39,8 +40,9 @@ def load(path: Path, test_fraction: float, max_bytes: float) -> Dataset:
     except UsageError:
         raise
     except Exception as error:  # a damaged archive may raise anything
+        got = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(
-            f"{file}: got {_reason(error)}; expected a whole .npz file, as numpy.savez writes it. Write it again."
+            f"{file}: got {got}; expected a whole .npz file, as numpy.savez writes it. Write it again."
         ) from None
     return make_dataset(path, train, rest[0] if rest else None, test_fraction, max_bytes)  # type: ignore[arg-type]
 
@@ -103,8 +105,3 @@ def _read(archive: zipfile.ZipFile, name: str, max_bytes: float) -> np.ndarray:
 
 def _short(shape: tuple[int, ...]) -> str:
     return str(shape)[:60]
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return reason[:200]
