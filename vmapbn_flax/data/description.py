@@ -68,9 +68,8 @@ def read_description(directory: Path, command: str) -> Description:
     for name in SPLITS:
         names = (_shard_name(info["name"], splits[name], i, len(lengths[name])) for i in range(len(lengths[name])))
         shards[name] = [directory / shard for shard in names]
-    return Description(
-        shape, num_classes, _read_names(directory, num_classes), {name: counts[name] for name in SPLITS}, shards
-    )
+    names, counts = _read_names(directory, num_classes), {name: counts[name] for name in SPLITS}
+    return Description(shape, num_classes, names, counts, shards)
 
 
 def _require_format(info: dict[str, Any], directory: Path, command: str) -> None:
