@@ -292,6 +292,7 @@ def test_not_prepared(tmp_path):
     [
         ("mnits", "Did you mean 'mnist'?"),
         ("FashionMNIST", "Did you mean 'fashion_mnist'?"),
+        ("folders", "Did you mean 'folder'?"),
         ("zzzzzz", "Correct data.name"),
     ],
 )

@@ -67,7 +67,7 @@ def _find(name: str, root: Path, command: str) -> Path:
     known = tfds.list_builders(with_community_datasets=False)
     if match["set"] in known:
         raise UsageError(f"{missing} holds none. Prepare it: {command}")
-    close = difflib.get_close_matches(match["set"].lower(), ["mnist", *known], n=1)
+    close = difflib.get_close_matches(match["set"].lower(), ["mnist", "idx", "npz", "folder", *known], n=1)
     remedy = f"Did you mean {close[0]!r}?" if close else "Correct data.name, or data.dir if it lies elsewhere."
     raise UsageError(f"{missing} holds none and tensorflow-datasets knows no {match['set']!r}. {remedy}")
 
