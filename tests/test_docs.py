@@ -14,7 +14,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", "docs/equinox.md", "docs/story.md", "docs/your-network.md"]
+RUN = ["README.md", "docs/data.md", "docs/equinox.md", "docs/story.md", "docs/your-network.md"]
 PROSE = ["docs/architecture.md", "docs/changelog.md", "docs/exactness.md", "docs/reference.md", "docs/speed.md"]
 
 
@@ -29,6 +29,7 @@ def test_every_page_has_code_that_runs_or_is_listed():
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """In order, in one namespace a page and an empty directory; a block that starts with >>> is a doctest."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     path = ROOT / page
     text, namespace = path.read_text(), {"__name__": "__main__"}
     for block in BLOCK.finditer(text):

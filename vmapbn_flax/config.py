@@ -88,8 +88,9 @@ _WIDTHS = f"at least one width, each an integer from 1 to {_WIDEST}, such as (10
 FIELDS = {
     "train.num_epochs": _positive("a positive number; it may be a fraction", traced=np.int32),
     "seed": Field("an integer in [0, 2**32)", lambda value, config: 0 <= value < 2**32, traced=np.uint32),
-    "data.name": Field("the name of a data set, such as mnist", lambda value, config: bool(value)),
+    "data.name": Field("mnist, idx, npz, folder, or a set of tensorflow-datasets", lambda value, config: bool(value)),
     "data.dir": Field("a directory, or '' for the usual one", _is_path, resumable=True),
+    "data.test_fraction": Field("a fraction in [0, 1)", lambda value, config: 0 <= value < 1),
     "data.validation_size": _at_least(0, "a number of examples, 0 for none"),
     "data.memory_limit": _positive("a positive number of gigabytes", resumable=True),
     "data.augment": Field(

@@ -27,8 +27,9 @@ def default_config(network: str = "mlp") -> ConfigDict:
     config.seed = 0  # of everything random; an integer in [0, 2**32)
 
     config.data = data = ConfigDict()
-    data.name = "mnist"  # "mnist" is bundled; any other is a prepared tensorflow-datasets set
-    data.dir = ""  # where the data lies; "": the bundled files, $TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.name = "mnist"  # bundled; "idx", "npz", "folder": files of your own; else a set of tensorflow-datasets
+    data.dir = ""  # where the files lie; "": the bundled files, $TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.test_fraction = 0.0  # of each class, held out as the test split if the files have none, in [0, 1)
     data.validation_size = 0  # examples held out from the end of the training set, for selection
     data.augment = ()  # changes of training images: "shift:N" by up to N pixels, "flip", "cutout:N" of N by N pixels
     data.memory_limit = 2.0  # gigabytes; a set that is larger as arrays is streamed from its files

@@ -54,6 +54,7 @@ VALUES = {
     "seed": ["-1", "4294967296", "99999999999999999999"],
     "data.name": [""],
     "data.validation_size": ["-1"],
+    "data.test_fraction": ["1", "-0.1", "nan"],
     "data.memory_limit": ["0", "-1", "nan", "inf"],
     "model.norm": ["layer", ""],
     "model.hidden": ["()", "(0,)", "(16,-1)", "(16,2.5)", "(16,x)", "wide", "2000000000"],
@@ -399,7 +400,10 @@ DATA_FILES = {
     "empty": (lambda content: b"", "contents of SHA-256|got .*; expected an original file"),
     "truncated": (truncate, "ended before the end-of-stream"),
     "not gzip": (lambda content: b"labels", "Not a gzipped file"),
-    "other labels": (lambda content: gzip.compress(b"\0\0\x08\x01" + bytes(10_004)), "contents of SHA-256"),
+    "other labels": (
+        lambda content: gzip.compress(b"\0\0\x08\x01" + (10_000).to_bytes(4, "big") + bytes(10_000)),
+        "contents of SHA-256",
+    ),
     "labels out of range": (
         lambda c: gzip.compress(gzip.decompress(c).replace(b"\x09", b"\x0a")),
         "contents of SHA-256",

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -122,6 +123,19 @@ def test_damage_is_one_line_naming_the_file(copy, number, damage):
     with pytest.raises(UsageError, match=rf"^{re.escape(str(file))}: got .+; expected .+\. Put") as error:
         load(dir=str(copy))
     assert "\n" not in str(error.value)
+
+
+def test_a_bomb_is_not_expanded(copy):
+    """A small file that expands to 64 MB of zeros after a label."""
+    file = copy / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x01" + bytes(2**26)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=f"{file}: got more bytes than its header, 1, says; expected an original"):
+            bundled._read_idx(file, "")
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "flipped", "garbled"])

@@ -292,6 +292,7 @@ def test_not_prepared(tmp_path):
     [
         ("mnits", "Did you mean 'mnist'?"),
         ("FashionMNIST", "Did you mean 'fashion_mnist'?"),
+        ("folders", "Did you mean 'folder'?"),
         ("zzzzzz", "Correct data.name"),
     ],
 )
@@ -365,6 +366,15 @@ def test_further_features_are_left_alone(tmp_path):
     root = prepare(tmp_path / "tfds", {"train": [example] * 2, "test": [example]}, more)
     expected = Split(np.stack([image] * 2), np.array([3, 3], np.int32))
     assert_equal(load("digits", root), {"train": expected, "test": expected[:1]})
+
+
+def test_names_of_the_classes(tmp_path):
+    names = features(label=tfds.features.ClassLabel(names=["cat", "dog", "big eel", "fox"]))
+    root = prepare(tmp_path / "tfds", {"train": SMALL, "test": SMALL}, names)
+    for limit in (1.0, 1.0, TINY):  # decoded, from the cache, streamed
+        assert load("digits", root, memory_limit=limit).class_names == ("cat", "dog", "big eel", "fox")
+    (root / "digits/1.0.0/label.labels.txt").unlink()
+    assert load("digits", root).class_names == ("0", "1", "2", "3")
 
 
 # Larger than the memory it may take.

@@ -98,6 +98,7 @@ class Dataset:
     Attributes:
       streamed: whether training reads the examples batch by batch. Otherwise the splits are arrays, and the
         device holds them whole.
+      class_names: a name for each label; the digits where the data set has no names.
     """
 
     name: str
@@ -106,6 +107,11 @@ class Dataset:
     test: Examples
     validation: Examples | None = None
     streamed: bool = False
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            object.__setattr__(self, "class_names", tuple(map(str, range(self.num_classes))))
 
     @property
     def nbytes(self) -> int:

@@ -1,13 +1,12 @@
 """MNIST as it was published: four gzipped IDX files, which are a part of the package."""
 
-import gzip
 import hashlib
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from vmapbn_flax.data import idx
 from vmapbn_flax.data.arrays import Dataset, Split, expanded
 from vmapbn_flax.errors import UsageError
 
@@ -20,7 +19,7 @@ _FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-
+_MOST_BYTES = 64e6  # of one file; the largest has 47 million
 
 _ahead: dict[str, Future[Dataset]] = {}
 
@@ -76,15 +75,12 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 def _read_idx(path: Path, expected: str) -> np.ndarray:
     try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        content = idx.read(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise UsageError(_unusable(path, error)) from error
     if (got := hashlib.sha256(content).hexdigest()) != expected:
         raise UsageError(_unusable(path, f"contents of SHA-256 {got}, not {expected}"))
-    # IDX: two zero bytes, the type (8 is uint8), the number of axes, the length of each axis, the values.
-    num_axes = content[3]
-    shape = np.frombuffer(content, ">u4", num_axes, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+    return idx.parse(content)
 
 
 def _unusable(path: Path, got: object) -> str:

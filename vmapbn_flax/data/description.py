@@ -27,12 +27,14 @@ class Description:
     Attributes:
       image_shape: `(height, width, channels)`.
       num_classes: the labels are below it.
+      class_names: a name for each label; empty where the data set has no names.
       counts: the number of examples in each split of `SPLITS`.
       shards: the files of each of these splits, in order.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
+    class_names: tuple[str, ...]
     counts: dict[str, int]
     shards: dict[str, list[Path]]
 
@@ -66,7 +68,8 @@ def read_description(directory: Path, command: str) -> Description:
     for name in SPLITS:
         names = (_shard_name(info["name"], splits[name], i, len(lengths[name])) for i in range(len(lengths[name])))
         shards[name] = [directory / shard for shard in names]
-    return Description(shape, num_classes, {name: counts[name] for name in SPLITS}, shards)
+    names, counts = _read_names(directory, num_classes), {name: counts[name] for name in SPLITS}
+    return Description(shape, num_classes, names, counts, shards)
 
 
 def _require_format(info: dict[str, Any], directory: Path, command: str) -> None:
@@ -99,6 +102,12 @@ def _read_features(content: dict[str, Any], directory: Path) -> tuple[tuple[int,
         f"{_LARGEST_IMAGE // 10**6} MB, and label: ClassLabel with 1 to {_MOST_CLASSES} classes. Choose an image "
         f"classification set of that kind."
     )
+
+
+def _read_names(directory: Path, num_classes: int) -> tuple[str, ...]:
+    path = directory / "label.labels.txt"
+    names = tuple(read_file(path).decode().splitlines()) if path.exists() else ()
+    return names if len(names) == num_classes else ()
 
 
 def _shape(image: dict[str, Any]) -> tuple[int, int, int]:

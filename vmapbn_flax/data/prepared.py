@@ -6,33 +6,22 @@ Reading that cache does not import tensorflow-datasets. Nor is anything imported
 set names, wherever it comes from.
 """
 
-import dataclasses
 import difflib
 import fnmatch
 import hashlib
-import logging
 import math
 import os
 import re
 import shlex
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from vmapbn_flax.data.arrays import Dataset, Split, expanded, gather
-from vmapbn_flax.data.description import SPLITS
-from vmapbn_flax.data.records import first_line, open_records
+from vmapbn_flax.data.arrays import Dataset, expanded
+from vmapbn_flax.data.cache import decoded
+from vmapbn_flax.data.records import open_records
 from vmapbn_flax.errors import UsageError
 
 _NAME = re.compile(r"(?P<set>[A-Za-z]\w*)(/(?P<config>\w[\w+.-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
-_CACHE_FORMAT = 2  # part of a cache's identity: increment it when the contents change
-
-_log = logging.getLogger(__name__)
 
 
 def load(name: str, data_dir: str = "", max_bytes: float = math.inf) -> Dataset:
@@ -50,20 +39,7 @@ def load(name: str, data_dir: str = "", max_bytes: float = math.inf) -> Dataset:
 
     directory = _find(name, root, command)
     identity = _identity(directory, command)
-    cache = _cache_path(directory)
-    if cache is not None and (cached := _read_cache(cache, name, identity, max_bytes)) is not None:
-        return cached
-    records = open_records(name, directory, command)
-    if records.nbytes > max_bytes:
-        return records
-    total = len(records.train) + len(records.test)
-    with tqdm(total=total, unit="image", desc=f"{name}: decoding", disable=not sys.stderr.isatty()) as bar:
-        splits = (records.train, records.test)
-        train, test = (gather(split, np.arange(len(split)), on_read=bar.update) for split in splits)
-    dataset = dataclasses.replace(records, train=train, test=test)
-    if cache is not None:
-        _write_cache(cache, dataset, identity)
-    return dataset
+    return decoded(directory, name, identity, max_bytes, lambda: open_records(name, directory, command))
 
 
 def _find(name: str, root: Path, command: str) -> Path:
@@ -91,7 +67,7 @@ def _find(name: str, root: Path, command: str) -> Path:
     known = tfds.list_builders(with_community_datasets=False)
     if match["set"] in known:
         raise UsageError(f"{missing} holds none. Prepare it: {command}")
-    close = difflib.get_close_matches(match["set"].lower(), ["mnist", *known], n=1)
+    close = difflib.get_close_matches(match["set"].lower(), ["mnist", "idx", "npz", "folder", *known], n=1)
     remedy = f"Did you mean {close[0]!r}?" if close else "Correct data.name, or data.dir if it lies elsewhere."
     raise UsageError(f"{missing} holds none and tensorflow-datasets knows no {match['set']!r}. {remedy}")
 
@@ -122,58 +98,4 @@ def _identity(directory: Path, command: str) -> str:
             f"{error.filename}: got {error.strerror}; expected a readable file of a prepared data set. "
             f"Make it readable, or remove {directory} and prepare it again: {command}"
         ) from error
-    return hashlib.sha256(repr((_CACHE_FORMAT, stats)).encode()).hexdigest()
-
-
-def _cache_path(directory: Path) -> Path | None:
-    """One file for each prepared directory, so that a set prepared again replaces its old cache.
-
-    None where the user has no home directory.
-    """
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError:
-        _log.warning("got no home directory and no XDG_CACHE_HOME; the images are decoded at every start.")
-        return None
-    place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
-    return caches / "vmapbn_flax" / f"{place}.npz"
-
-
-def _read_cache(path: Path, name: str, identity: str, max_bytes: float) -> Dataset | None:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as cache:
-            if sum(member.file_size for member in cache.zip.infolist()) > path.stat().st_size:
-                raise ValueError("more inside than the file has bytes")  # we compress nothing
-            if cache["identity"].item() != identity or cache["num_bytes"].item() > max_bytes:
-                return None
-            train, test = (Split(cache[f"{split}_images"], cache[f"{split}_labels"]) for split in SPLITS)
-            return Dataset(name, cache["num_classes"].item(), train, test)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # a damaged header can raise anything
-        _log.warning("%s: got %s; the images are decoded again.", path, first_line(error))
-        return None
-
-
-def _write_cache(path: Path, dataset: Dataset, identity: str) -> None:
-    """Writes the whole cache or, with a warning, nothing."""
-    numbers = {"num_classes": dataset.num_classes, "num_bytes": dataset.nbytes}
-    arrays: dict[str, Any] = {"identity": np.array(identity)}
-    arrays |= {name: np.array(number) for name, number in numbers.items()}
-    for split in SPLITS:
-        part = getattr(dataset, split)
-        arrays |= {f"{split}_images": part.images, f"{split}_labels": part.labels}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A unique name, since several runs may start at the same time.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                np.savez(file, **arrays)
-                file.close()
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        _log.warning("%s: got %s; the images are decoded at every start.", path, error.strerror)
+    return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -36,7 +36,7 @@ def open_records(name: str, directory: Path, command: str) -> Dataset:
             for split in SPLITS
             for source in [_open_shards(described.shards[split], described.counts[split])]
         )
-    return Dataset(name, num_classes, train, test)
+    return Dataset(name, num_classes, train, test, class_names=described.class_names)
 
 
 def _open_shards(shards: list[Path], count: int) -> Any:

@@ -33,7 +33,7 @@ class Datasets:
           UsageError: the data set cannot be loaded, or is larger than the memory limit.
         """
         data = config.data
-        key = (data.name, data.dir, data.validation_size, data.memory_limit)
+        key = (data.name, data.dir, data.test_fraction, data.validation_size, data.memory_limit)
         if key not in self._loaded:
             self._loaded = {key: load_dataset(data)}
         dataset = self._loaded[key]
