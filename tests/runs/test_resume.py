@@ -188,6 +188,27 @@ def test_longer_is_the_same_however_it_is_stopped(train, stop, workdir, undistur
     assert outcome(workdir) == expected
 
 
+def test_longer_cut_short_before_its_config_is_saved(train, workdir, undisturbed, monkeypatch):
+    """The summary is gone by then: both commands go on, the old one to the end that it had."""
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    longer = "--config.train.num_epochs=7"
+    shutil.copytree(undisturbed, workdir)
+    with monkeypatch.context() as patch:
+        patch.setattr("vmapbn_flax.runs.workdir.write_json", killed)
+        assert train(longer)[0] == 130
+    assert not (workdir / "summary.json").exists()
+    cut_short = shutil.copytree(workdir, workdir.with_name("cut_short"))
+    assert train()[0] == 0
+    assert outcome(workdir) == outcome(undisturbed)
+    shutil.rmtree(workdir)
+    cut_short.rename(workdir)
+    assert train(longer)[0] == 0
+    assert json.loads((workdir / "summary.json").read_text())["step"] == 42
+
+
 @pytest.mark.parametrize(
     ("flag", "change"),
     [
