@@ -278,6 +278,34 @@ def test_inside_a_larger_network():
     assert_close(updates["batch_stats"]["body"], want_updates["batch_stats"])
 
 
+@pytest.mark.parametrize(
+    ("lift", "module", "expected"), [(None, None, "MLP_0"), ("foo", None, "foo"), (None, "body", "body")]
+)
+def test_names_inside_a_larger_network(lift, module, expected):
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return VmapBatch(MLP(**SIZES, name=module), name=lift)(x, train=False)
+
+    variables = jax.eval_shape(Outer().init, jax.random.key(0), jnp.ones((8, 4)))
+    assert {kind: list(tree) for kind, tree in variables.items()} == {"params": [expected], "batch_stats": [expected]}
+    inner = jax.eval_shape(partial(NETWORKS["vmapped"].init, train=False), jax.random.key(0), jnp.ones((8, 4)))
+    assert {kind: tree[expected] for kind, tree in variables.items()} == inner
+
+
+def test_one_module_under_two_lifts_is_shared():
+    class Outer(nn.Module):
+        def setup(self):
+            self.body = MLP(**SIZES)
+            self.pairs, self.batch = VmapBatch(self.body, axis_name=("group", "batch")), VmapBatch(self.body)
+
+        def __call__(self, x):
+            return self.batch(x, train=False) + self.pairs(x[None], train=False)[0]
+
+    variables = jax.eval_shape(Outer().init, jax.random.key(0), jnp.ones((8, 4)))
+    assert list(variables["params"]) == ["body"]
+
+
 def test_members_are_one_more_vmap():
     """A sweep: networks and momenta differ by member, and each member is what it would be alone."""
     x, members = normal(8, 4), 3
@@ -375,6 +403,38 @@ def test_mask_shapes(names, shape):
         network.apply(
             init(NETWORKS["vmapped"], jnp.ones((8, 4))), x, train=True, mask=jnp.ones(shape), mutable=["batch_stats"]
         )
+
+
+@pytest.mark.parametrize("network", [NETWORKS["vmapped"], NETWORKS["plain"]], ids=["vmapped", "plain"])
+def test_train_and_weights_are_checked_by_the_lift(unchecked, network):
+    """Where they are known: the layers see tracers of the masks."""
+    variables, x = init(network, jnp.ones((8, 4))), jnp.ones((8, 4))
+    with pytest.raises(TypeError, match="VmapBatch: got train='False'; expected True or False"):
+        network.apply(variables, x, train="False")
+    with pytest.raises(
+        ValueError, match=r"VmapBatch: got a mask with the weight -0\.5; expected finite weights of zero"
+    ):
+        network.apply(variables, x, train=True, mask=jnp.ones(8).at[3].set(-0.5), mutable=["batch_stats"])
+
+
+def test_complex_example():
+    """A convolution of one complex image, lifted; padded, too."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train, mask=None):
+            x = nn.Conv(3, (1, 1), use_bias=False, dtype=jnp.complex64, name="conv")(x)
+            return BatchNorm(momentum=0.0)(x, train=train, mask=mask)
+
+    x = (normal(6, 4, 4, 2) + 1j * normal(6, 4, 4, 2, seed=1)).astype(jnp.complex64)
+    network, mask = VmapBatch(Network()), jnp.arange(6) < 5
+    variables = network.init(jax.random.key(0), x, train=True)
+    y, updates = train(network, variables, x.at[5].set(jnp.nan), mask)
+    want, want_updates = train(network, variables, x[:5])
+    assert_close((y[:5], updates), (want, want_updates), 2e-6)
+    hidden = np.asarray(x[:5]) @ variables["params"]["conv"]["kernel"][0, 0]
+    var = (np.abs(hidden - hidden.mean((0, 1, 2))) ** 2).mean((0, 1, 2))
+    assert error(updates["batch_stats"]["BatchNorm_0"]["var"], var, relative=True) < 1e-6
 
 
 def test_too_few_axes():

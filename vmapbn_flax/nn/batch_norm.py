@@ -10,7 +10,8 @@ The statistics are those of Chan, Golub & LeVeque (1983), eq. 1.7: two passes an
     d = x - mean(x);  c = mean(d);  var = mean(d * d) - c * c;  y = (d - c) / sqrt(var + epsilon)
 
 `c` is the rounding error of the first mean. With this correction the result stays exact however far the
-data lies from zero; the one-pass formula E[x^2] - E[x]^2 loses every digit there.
+data lies from zero; the one-pass formula E[x^2] - E[x]^2 loses every digit there. The square of a complex number is
+here that of its modulus, so that a variance is real.
 """
 
 import math
@@ -21,23 +22,27 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Inexact, Num
+
+from vmapbn_flax.nn.checks import require_bool, require_weights
 
 AxisName = str | tuple[str, ...]
+_ROUNDING = 1e-6  # of a sample size, in float32
+
 Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
 
 
 class Moments(NamedTuple):
     """Batch statistics, and the input minus its mean."""
 
-    centred: Float[Array, "*positions features"]
-    mean: Float[Array, " features"]
+    centred: Inexact[Array, "*positions features"]
+    mean: Inexact[Array, " features"]
     var: Float[Array, " features"]  # biased: divided by `count`
     weight: Float[Array, ""] | int  # behind each mean: examples x positions, or the sum of the weights
 
 
 def batch_moments(
-    x: Float[Array, "*positions features"],
+    x: Inexact[Array, "*positions features"],
     weights: Float[Array, "*positions 1"] | None,
     axis_name: tuple[str, ...],
     use_fast_variance: bool,
@@ -55,30 +60,41 @@ def batch_moments(
     if weights is None:
         present, weight = None, 1.0
         count = divisor = math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name))
-        first = total(x, x * x) if use_fast_variance else total(x)
+        first = total(x, _square(x)) if use_fast_variance else total(x)
     else:
         present, weight = weights > 0, weights
         x = jnp.where(present, x, 0)
         weighted = weights * x
-        *first, count = total(weighted, *([weighted * x] if use_fast_variance else []), weights)
+        *first, count = total(weighted, *([weights * _square(x)] if use_fast_variance else []), weights)
         count = jnp.squeeze(count, 0)
         divisor = jnp.where(count > 0, count, 1)
 
     mean = first[0] / divisor
     if use_fast_variance:
-        var = first[1] / divisor - mean * mean
+        var = first[1] / divisor - _square(mean)
     else:
         # Neither y nor var changes when every x is shifted by the same amount. So differentiation, of any order,
         # may treat the first mean as a constant, which saves a reduction in the backward pass.
         # A compiler may fuse mean = sum * (1 / n) with x - mean in one use of d and not in another, which would
         # centre the two uses by different roundings of the mean. It cannot fuse through a rounding to one bit less.
-        precision = jnp.finfo(x.dtype)
-        mean = lax.reduce_precision(lax.stop_gradient(mean), precision.nexp, precision.nmant - 1)
+        mean = _round(lax.stop_gradient(mean))
     d = x - mean if present is None else jnp.where(present, x - mean, 0)
     if not use_fast_variance:
-        c, var = (sum_ / divisor for sum_ in total(weight * d, weight * d * d))
-        mean, d, var = mean + c, d - c, var - c * c
+        c, var = (sum_ / divisor for sum_ in total(weight * d, weight * _square(d)))
+        mean, d, var = mean + c, d - c, var - _square(c)
     return Moments(d, mean, jnp.where(var < 0, 0, var), count)
+
+
+def _square(x: Array) -> Array:
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+def _round(x: Array) -> Array:
+    """`x` to one bit less than its type has."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(_round(x.real), _round(x.imag))
+    precision = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, precision.nexp, precision.nmant - 1)
 
 
 class BatchNorm(nn.Module):
@@ -104,7 +120,8 @@ class BatchNorm(nn.Module):
       ((8, 28, 28, 3), (3,))
 
     `VmapBatch` does this for a whole Flax network. Statistics are computed in at least float32, and the
-    variance is biased. A training step moves the running statistics by
+    variance is biased. Of complex `x` the mean is complex and the variance real, that of the modulus of x - mean.
+    A training step moves the running statistics by
 
         running = momentum * running + (1 - momentum) * batch
 
@@ -129,7 +146,9 @@ class BatchNorm(nn.Module):
       scale_init: initializer of the scale.
       use_fast_variance: compute E[x^2] - E[x]^2, in one reduction; loses all digits when the mean is large.
       unbiased_running_var: accumulate the running variance times n / (n - 1), as PyTorch does, where n is
-        the number of values, or the sum of their weights. Normalisation still uses the biased variance.
+        the number of values. Of weights w it is Kish's effective sample size, (sum w)^2 / sum w^2 (Kish, 1965,
+        Survey Sampling), as in `numpy.cov(aweights=w)`. If one value has all the weight, n = 1, nothing is known of
+        the variance and it is left as it is. Normalisation still uses the biased variance.
     """
 
     axis_name: AxisName = "batch"
@@ -153,24 +172,29 @@ class BatchNorm(nn.Module):
 
         Args:
           x: one example, `(*spatial, features)`.
-          train: if true, normalise by the statistics of the batch and move the running statistics
-            (`batch_stats` must be mutable); if false, normalise by the running statistics.
-          mask: booleans or non-negative weights that say which values count in training: a scalar for the
+          train: if True, normalise by the statistics of the batch and move the running statistics
+            (`batch_stats` must be mutable); if False, normalise by the running statistics.
+          mask: booleans or finite, non-negative weights that say which values count in training: a scalar for the
             whole example, or `(*spatial,)`, one entry per position. Values of weight zero may be anything,
             NaN included, and their results are finite. If all weights of the batch are zero, the running
-            statistics stay as they are.
+            statistics stay as they are. Under a transformation such as `jax.jit` weights are not checked, since
+            they have no values yet.
 
         Returns:
           The normalised example, in the shape of `x`.
 
         Raises:
           NameError: in training, an axis in `axis_name` or `replica_axis_name` is not mapped.
-          ValueError: the batch has one value per feature, or the mask has another shape.
+          TypeError: `train` is not a bool.
+          ValueError: the batch has one value per feature, or the mask has another shape or weights that are
+            negative, infinite or NaN.
         """
+        require_bool(train, self._label())
         features = x.shape[-1:]
         stats_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+        mean_dtype = jnp.promote_types(stats_dtype, jnp.complex64) if jnp.iscomplexobj(x) else stats_dtype
         running = {
-            "mean": self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype),
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype),
             "var": self.variable("batch_stats", "var", jnp.ones, features, stats_dtype),
         }
         if self.momentum is None:
@@ -182,8 +206,9 @@ class BatchNorm(nn.Module):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         # Initialisation needs only shapes: no axis is mapped, and the statistics must keep their initial values.
         if train and not self.is_initializing():
-            moments = self._moments(x, mask)
-            self._update(running, moments)
+            weights = self._weights(x, mask)
+            moments = batch_moments(x, weights, as_axes(self.axis_name), self.use_fast_variance)
+            self._update(running, moments, weights)
             centred, var = moments.centred, moments.var
         else:
             centred, var = x - running["mean"].value, running["var"].value
@@ -195,7 +220,8 @@ class BatchNorm(nn.Module):
             y = y + bias
         return y.astype(dtype)
 
-    def _moments(self, x: Array, mask: Array | None) -> Moments:
+    def _weights(self, x: Array, mask: Array | None) -> Array | None:
+        """The weight of each value, `(*positions, 1)`, once the axes, the batch and the mask are known to be right."""
         axis_name, replicas = as_axes(self.axis_name), as_axes(self.replica_axis_name)
         for name in axis_name + replicas:
             try:
@@ -208,24 +234,29 @@ class BatchNorm(nn.Module):
                 f"whose normalised value is zero whatever it was; expected two or more. Use a larger batch, "
                 f"or train=False to normalise by the running statistics."
             )
-        weights = None
-        if mask is not None:
-            if mask.shape not in self._mask_shapes(x):
-                raise ValueError(
-                    f"{self._label()}: got a mask of shape {mask.shape} for x of shape {x.shape}; "
-                    f"expected {' or '.join(map(str, self._mask_shapes(x)))}."
-                )
-            weights = mask.astype(x.dtype).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-            weights = jnp.broadcast_to(weights, (*x.shape[:-1], 1))
-        return batch_moments(x, weights, axis_name, self.use_fast_variance)
+        if mask is None:
+            return None
+        if mask.shape not in self._mask_shapes(x):
+            raise ValueError(
+                f"{self._label()}: got a mask of shape {mask.shape} for x of shape {x.shape}; "
+                f"expected {' or '.join(map(str, self._mask_shapes(x)))}."
+            )
+        require_weights(mask, self._label())
+        weights = mask.astype(jnp.finfo(x.dtype).dtype).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        return jnp.broadcast_to(weights, (*x.shape[:-1], 1))
 
-    def _update(self, running: dict[str, nn.Variable], moments: Moments) -> None:
+    def _update(self, running: dict[str, nn.Variable], moments: Moments, weights: Array | None) -> None:
         """Moves the running statistics towards those of the batch, averaged over the replica axes."""
         count, var = moments.weight, moments.var
         if self.unbiased_running_var:
-            var = var * jnp.where(count > 1, count / jnp.maximum(count - 1, 1e-6), 1)
+            size = count
+            if weights is not None:
+                squares = lax.psum(jnp.sum(weights * weights), as_axes(self.axis_name))
+                size = count * (count / jnp.where(squares > 0, squares, 1))  # exactly count, if all weights are 0 or 1
+            # A size within rounding of one is one: a single value has all the weight.
+            var = var * jnp.where(size > 1 + _ROUNDING, size / jnp.maximum(size - 1, _ROUNDING), 1)
         replicas = as_axes(self.replica_axis_name)
-        present = jnp.asarray(count > 0, moments.mean.dtype)
+        present = jnp.asarray(count > 0, var.dtype)
         groups, mean, var = lax.psum((present, present * moments.mean, present * var), replicas)
         some = groups > 0
         groups = jnp.maximum(groups, 1)
@@ -239,7 +270,8 @@ class BatchNorm(nn.Module):
         for name, batch in (("mean", mean / groups), ("var", var / groups)):
             old = running[name].value
             moved = (1 - step_size) * old + step_size * batch
-            running[name].value = jnp.where(some, moved, old).astype(old.dtype)
+            moved = jnp.where(some, moved, old)
+            running[name].value = moved.astype(moved.dtype if jnp.iscomplexobj(moved) else old.dtype)
 
     def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
         return list(dict.fromkeys([(), x.shape[:-1]]))

@@ -1,14 +1,16 @@
 """The lift that takes a one-example module over a batch."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core.scope import DenyList
-from jaxtyping import Array, Float
+from jaxtyping import Array, Num
 
 from vmapbn_flax.nn.batch_norm import AxisName, BatchNorm, Mask, as_axes
+from vmapbn_flax.nn.checks import require_bool, require_weights
 
 _SHARED = ("params", "batch_stats")
 
@@ -23,8 +25,8 @@ class VmapBatch(nn.Module):
       of `jax.vmap`). Other collections gain the batch axes.
     - Every random stream but `params` differs between examples.
 
-    The variables are those of `module`, without an additional level. Inside a larger network, `module` takes
-    the `name`.
+    The variables are those of `module`, without an additional level. Inside a larger network they bear the name of
+    `module` if it was given one, else that of the `VmapBatch`.
 
     Attributes:
       module: called as `module(x, train=train, mask=mask)` on one example `x`.
@@ -35,21 +37,23 @@ class VmapBatch(nn.Module):
     axis_name: AxisName = "batch"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch_and_example"], *, train: bool, mask: Mask | None = None) -> Any:
+    def __call__(self, x: Num[Array, "*batch_and_example"], *, train: bool, mask: Mask | None = None) -> Any:
         """The module's result for each example.
 
         Args:
           x: `(*batch, *example)`, with one leading axis per name in `axis_name`.
-          train: passed to the module.
-          mask: `(*batch,)` or `(*batch, *spatial)`, booleans or non-negative weights; the module gets the
-            part of each example. Values of weight zero are replaced by zeros before the module sees them,
-            so that no NaN in them can reach a gradient.
+          train: True or False, passed to the module.
+          mask: `(*batch,)` or `(*batch, *spatial)`, booleans or finite, non-negative weights, which are checked
+            unless they are traced; the module gets the part of each example. Values of weight zero are replaced
+            by zeros before the module sees them, so that no NaN in them can reach a gradient.
 
         Raises:
-          ValueError: `mask` does not fit `x`; or a `BatchNorm` inside names a batch axis neither in its
-            `axis_name` nor in its `replica_axis_name`.
+          TypeError: `train` is not a bool.
+          ValueError: `mask` does not fit `x`, or has weights that are negative, infinite or NaN; or a `BatchNorm`
+            inside names a batch axis neither in its `axis_name` nor in its `replica_axis_name`.
         """
         names = as_axes(self.axis_name)
+        require_bool(train, "VmapBatch")
         if x.ndim < len(names):
             raise ValueError(
                 f"VmapBatch(axis_name={self.axis_name!r}): got x of shape {x.shape}; expected a leading axis "
@@ -60,6 +64,9 @@ class VmapBatch(nn.Module):
                 f"VmapBatch(axis_name={self.axis_name!r}): got a mask of shape {mask.shape} for x of shape "
                 f"{x.shape}; expected {x.shape[: len(names)]}, the batch axes, or those and spatial ones."
             )
+
+        if mask is not None:
+            require_weights(mask, "VmapBatch")
 
         def call(module: nn.Module, x: Array, mask: Array | None) -> Any:
             return module(x, train=train, mask=mask)
@@ -72,9 +79,17 @@ class VmapBatch(nn.Module):
                 in_axes=0,
                 axis_name=name,
             )
-        nn.share_scope(self, self.module)
+        module = self.module
+        if _named_by_flax(module) and not _named_by_flax(self):
+            module = module.clone(parent=self)
+        nn.share_scope(self, module)
         with nn.intercept_methods(_require_axes(names)):
-            return call(self.module, zero_masked(x, mask), mask)
+            return call(module, zero_masked(x, mask), mask)
+
+
+def _named_by_flax(module: nn.Module) -> bool:
+    """Whether the name was made up, such as `MLP_0`, since none was given."""
+    return re.fullmatch(rf"{type(module).__name__}_\d+", module.name or "") is not None
 
 
 def zero_masked(x: Array, mask: Array | None) -> Array:
