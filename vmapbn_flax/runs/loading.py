@@ -14,8 +14,9 @@ def load_config(workdir: Workdir) -> ConfigDict:
     """The config of the run in `workdir`.
 
     Raises:
-      RunError: the config is missing or damaged.
+      RunError: the config is missing, damaged or a sweep's.
     """
+    workdir.refuse_sweep()
     saved = workdir.read_config()
     try:
         config = ConfigDict(saved)

@@ -81,6 +81,11 @@ class Workdir:
         """Whether it has files of a run that a sweep does not have."""
         return self.metrics.exists() or (self.config.exists() and not self.is_sweep)
 
+    def refuse_sweep(self) -> None:
+        """Raises a RunError if this is the workdir of a sweep."""
+        if self.is_sweep:
+            raise RunError(f"{self}: got the workdir of a sweep, expected that of a run. Choose one of its members.")
+
     # Its content.
 
     def read_config(self) -> dict[str, Any]:
