@@ -136,6 +136,10 @@ COMMANDS = {
     "saved config without a workdir": (["train", "--config=configs/saved.py"], "missing 1 required .* 'workdir'"),
     "unknown field": (["train", TINY, "--config.seeed=1"], 'seeed: Did you mean "seed" instead of "seeed"'),
     "unknown inner field": (["train", TINY, "--config.train.batchsize=1"], 'Did you mean "batch_size"'),
+    "sweep of a field that has none": (
+        ["train", TINY, "--config.sweep.seed=(0,1)"],
+        r"unknown field \(seed\), .*, or of those that the config file sweeps",
+    ),
     "unknown section": (["train", TINY, "--config.trian.seed=1"], "unknown field .*trian"),
     "field of a field": (["train", TINY, "--config.seed.x=1"], r"unknown field .*seed\.x"),
     "text for an integer": (["train", TINY, "--config.seed=many"], "--config.seed=many: invalid literal"),
@@ -357,6 +361,9 @@ COMMANDS_ON_WORKDIRS = {
     "plot into nothing": (["plot", "{run}", "-o", "{none}/x.png"], 1, "x.png: got No such file or directory"),
     "plot another format": (["plot", "{run}", "-o", "{none}.doc"], 2, "none.doc: got .*'.doc', expected .png"),
     "evaluate a step that is not": (["evaluate", "{run}", "--step=5"], 1, r"got steps \[3, 6\], expected step 5"),
+    "evaluate a sweep": (["evaluate", "{sweep}"], 1, r"sweep: got the workdir of a sweep, expected that of a run\."),
+    "refresh a sweep": (["refresh", "{sweep}"], 1, r"sweep: got the workdir of a sweep, expected that of a run\."),
+    "plot a sweep": (["plot", "{sweep}", "-o", "{none}.png"], 1, "sweep: got the workdir of a sweep, expected that of"),
     "train refreshed statistics": (
         ["train", CONFIG, "--workdir={refreshed}"],
         1,
@@ -371,8 +378,11 @@ COMMANDS_ON_WORKDIRS = {
 def test_commands_on_workdirs(capsys, tmp_path, finished, monkeypatch, argv, expected, message):
     (tmp_path / "refreshed").mkdir()
     (tmp_path / "refreshed" / "refresh.json").write_text("{}")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
     monkeypatch.setattr("vmapbn_flax.cli.evaluate.load_dataset", lambda *where: small.dataset())
     places = {"none": tmp_path / "none", "run": finished, "refreshed": tmp_path / "refreshed"}
+    places["sweep"] = tmp_path / "sweep"
     status, line = refused(capsys, *(argument.format(**places) for argument in argv))
     assert status == expected
     assert re.search(message, line), line

@@ -66,6 +66,7 @@ def getpwuid(uid):
 pwd.getpwuid = getpwuid
 for name in ("sched_getaffinity", "pidfd_open", "eventfd", "memfd_create", "posix_fallocate"):
     delattr(os, name)
+os.process_cpu_count = os.cpu_count  # as where there are no affinities
 from vmapbn_flax.cli.main import main
 short = ["--config.train.num_epochs=0.01", "--config.optimizer.warmup_epochs=0.0", "--config.train.eval_every=1.0"]
 for name, config in (

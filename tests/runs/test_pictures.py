@@ -6,7 +6,7 @@ import pytest
 
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs import pictures as plot
-from vmapbn_flax.runs.pictures import plot_runs
+from vmapbn_flax.runs.pictures import PERCENT, plot_runs
 
 
 def run(path, rows):
@@ -108,3 +108,8 @@ def test_more_runs_than_styles(tmp_path):
     runs = [run(tmp_path / str(i), history(0.01 * i)) for i in range(8)]
     plot_runs(runs, tmp_path / "a.png")
     assert dark(tmp_path / "a.png") > 0.01
+
+
+def test_ticks_show_the_digits_that_they_need():
+    shown = {0.5: "50 %", 0.07: "7 %", 0.9775: "97.75 %", 0.9725: "97.25 %", 0.999: "99.9 %"}
+    assert {share: PERCENT(share) for share in shown} == shown

@@ -92,7 +92,10 @@ def _explain(error: Exception) -> str:
         return f"got the unknown flag --{error.flagname}, expected --config, --config.FIELD, or one that --help lists"
     if isinstance(error, KeyError | AttributeError):  # an unknown field, quoted once or twice
         lines = [line.strip(" '\"\\") for line in text.replace("\\n", "\n").splitlines()]
-        return f"got an unknown field ({': '.join(lines)}), expected one of vmapbn_flax.default_config()"
+        return (
+            f"got an unknown field ({': '.join(lines)}), expected one of vmapbn_flax.default_config(), or of those "
+            f"that the config file sweeps"
+        )
     # The message may quote a whole traceback, whose last line is the reason.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, OSError):

@@ -19,9 +19,10 @@ def load_config(workdir: Workdir, network: str | None = None) -> ConfigDict:
       network: the name of the run's network; needed for a module of one's own, since a workdir names no code to run.
 
     Raises:
-      RunError: the config is missing or damaged.
+      RunError: the config is missing, damaged or a sweep's.
       UsageError: `network` is missing, or another one.
     """
+    workdir.refuse_sweep()
     config = restore_config(default_config(), workdir.read_config(), str(workdir.config))
     if network is not None:
         if network != (found := networks.displayed(config.model.name)):

@@ -35,6 +35,7 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
             raise UsageError(f"{output}: got a name that ends in {output.suffix!r}, expected .png, .pdf or .svg")
         accuracy, loss = figure.subplots(1, 2)
         for i, workdir in enumerate(map(Workdir, workdirs)):
+            workdir.refuse_sweep()
             rows = workdir.read_rows()
             if not rows:
                 raise RunError(f"{workdir}: got no {workdir.metrics.name} with rows; expected the workdir of a run.")

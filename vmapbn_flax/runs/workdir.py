@@ -82,6 +82,11 @@ class Workdir:
         alone = self.config.exists() and not self.is_sweep  # or a sweep's, whose ledger is lost or not yet written
         return self.metrics.exists() or (alone and not self.read_config().get("sweep"))
 
+    def refuse_sweep(self) -> None:
+        """Raises a RunError if this is the workdir of a sweep."""
+        if self.is_sweep:
+            raise RunError(f"{self}: got the workdir of a sweep, expected that of a run. Choose one of its members.")
+
     # Its content.
 
     def read_config(self) -> dict[str, Any]:
