@@ -12,7 +12,8 @@ import pytest
 from tests.helpers.runs import command
 from tests.test_docs import PAGES, ROOT
 from vmapbn_flax.cli.flags import parse_config
-from vmapbn_flax.config import FIELDS, is_sweep, validate
+from vmapbn_flax.config import is_sweep, validate
+from vmapbn_flax.fields import FIELDS
 from vmapbn_flax.sweeps.expand import expand
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -6,8 +6,9 @@ import pytest
 
 from configs import default, saved, tiny, vmap_bn
 from vmapbn_flax import default_config
-from vmapbn_flax.config import FIELDS, NETWORK_FIELDS, flat, restore_config, resume_changes, validate, validate_sizes
+from vmapbn_flax.config import flat, restore_config, resume_changes, validate, validate_sizes
 from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.fields import FIELDS, NETWORK_FIELDS
 from vmapbn_flax.networks import BUILT_IN
 
 NAN, INF = float("nan"), float("inf")
@@ -65,6 +66,12 @@ INVALID = [
     ("model.hidden", (100, 0)),
     ("model.hidden", (100, 1.5)),
     ("model.hidden", (100, 2**16 + 1)),
+    ("model.features", ()),
+    ("model.blocks", (3, 0)),
+    ("model.width", 0),
+    ("model.bottleneck", 1),
+    ("model.imagenet", "yes"),
+    ("model.zero_scale", "no"),
     ("model.batch_norm_momentum", 1.0),
     ("model.batch_norm_momentum", -0.1),
     ("model.batch_norm_momentum", NAN),
@@ -117,7 +124,9 @@ INVALID = [
 
 @pytest.mark.parametrize(("name", "value"), INVALID)
 def test_invalid_value_is_named(name, value):
-    config = changed(**{name.replace(".", "__"): value})
+    config = default_config(next((network for network, fields in NETWORK_FIELDS.items() if name in fields), "mlp"))
+    with config.ignore_type():
+        config.update_from_flattened_dict({name: value})
     with pytest.raises(UsageError) as error:
         validate(config)
     message = str(error.value)
@@ -312,3 +321,14 @@ def test_what_no_run_saved_is_refused(content):
 def test_integers_are_numbers():
     config = restore_config(default_config(), {"train": {"num_epochs": 3}}, "here")
     assert (config.train.num_epochs, type(config.train.num_epochs)) == (3.0, float)
+
+
+def test_a_zero_scale_needs_a_norm():
+    config = default_config("resnet")
+    config.model.zero_scale = True
+    validate(config)
+    config.model.norm = "none"
+    with pytest.raises(
+        UsageError, match=r"config\.model\.zero_scale: got True, expected .* with model\.norm=none False"
+    ):
+        validate(config)

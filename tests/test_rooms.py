@@ -15,7 +15,7 @@ import vmapbn_flax
 PACKAGE = Path(vmapbn_flax.__file__).parent
 NAME = PACKAGE.name
 ROOMS = ("cli", "sweeps", "runs", "multihost", "training", "data", "nn")  # each imports from those after it
-GROUND = {"config", "defaults", "errors", "files", "networks", "signals"}  # modules, which every room may use
+GROUND = {"config", "defaults", "errors", "fields", "files", "networks", "signals"}  # modules, which every room may use
 FILES = {"config.json", "metrics.jsonl", "summary.json", "accuracy.png", "sweep.json", "sweep.png", "refresh.json"}
 
 

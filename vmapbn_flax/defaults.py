@@ -1,4 +1,4 @@
-"""Every field of a run's config, with its default. `vmapbn_flax.config.FIELDS` says which values are valid."""
+"""Every field of a run's config, with its default. `vmapbn_flax.fields.FIELDS` says which values are valid."""
 
 from ml_collections import ConfigDict
 
@@ -35,7 +35,7 @@ def default_config(network: str = "mlp") -> ConfigDict:
     data.memory_limit = 2.0  # gigabytes; a set that is larger as arrays is streamed from its files
 
     config.model = model = ConfigDict()
-    model.name = ""  # "mlp", or "package.module:Class", a Flax module of your own; its attributes are fields here
+    model.name = ""  # "mlp", "conv", "resnet", or "package.module:Class"; the network's attributes are fields here
     model.norm = "vmap"  # "vmap": one-example network; "batched": the textbook's; "none": no batch norm
     model.batch_norm_momentum = 0.99  # decay of the running statistics per step, in [0, 1)
     model.batch_norm_epsilon = 1e-5  # added to the variance

@@ -28,7 +28,12 @@ class _BuiltIn(NamedTuple):
 
 
 BUILT_IN = {
-    "mlp": _BuiltIn("MLP", {"hidden": (100, 100, 100)}),  # widths of the hidden layers
+    "mlp": _BuiltIn("MLP", {"hidden": (100, 100, 100)}),
+    "conv": _BuiltIn("ConvNet", {"features": (32, 64, 64)}),
+    "resnet": _BuiltIn(
+        "ResNet",
+        {"blocks": (3, 3, 3), "width": 16, "bottleneck": False, "imagenet": False, "zero_scale": False},
+    ),
 }
 
 

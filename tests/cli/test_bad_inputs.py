@@ -15,7 +15,8 @@ from tests.helpers import small
 from tests.helpers.runs import CONFIG, command
 from vmapbn_flax import default_config
 from vmapbn_flax.cli.flags import parse_config
-from vmapbn_flax.config import FIELDS, flat
+from vmapbn_flax.config import flat
+from vmapbn_flax.fields import FIELDS
 from vmapbn_flax.runs import train as run
 from vmapbn_flax.sweeps.plan import Datasets
 

@@ -14,8 +14,9 @@ from tests.helpers import small
 from tests.helpers.runs import command
 from vmapbn_flax import default_config
 from vmapbn_flax.cli.main import main
-from vmapbn_flax.config import FIELDS, flat, validate
+from vmapbn_flax.config import flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
+from vmapbn_flax.fields import FIELDS
 from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import restore, saved_steps
 from vmapbn_flax.runs.workdir import Workdir

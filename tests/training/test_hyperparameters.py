@@ -3,8 +3,9 @@ import pytest
 
 from tests.helpers import small
 from vmapbn_flax import default_config
-from vmapbn_flax.config import FIELDS, Field, resume_changes, validate
+from vmapbn_flax.config import resume_changes, validate
 from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.fields import FIELDS, Field
 from vmapbn_flax.sweeps.expand import program_key
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import FIELDS, MOST_MEMBERS, flat, restore_config, validate, without_distributed
+from vmapbn_flax.config import flat, restore_config, validate, without_distributed
 from vmapbn_flax.defaults import default_config
 from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.fields import FIELDS, MOST_MEMBERS
 from vmapbn_flax.networks import choose_network, displayed
 from vmapbn_flax.runs.workdir import Workdir
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import FIELDS, flat
+from vmapbn_flax.config import flat
+from vmapbn_flax.fields import FIELDS
 
 # The traced fields of a config by dotted name, such as `hyper["optimizer.learning_rate"]`. The values are scalars, or
 # around a vmap arrays with one entry a member. JAX may rebuild the dict with other leaves.

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.networks import BUILT_IN
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.metrics import TrainMetrics
 from vmapbn_flax.training.network import make_network, to_inputs
@@ -37,11 +38,16 @@ def create_state(
     """The state before the first step; to be jitted, which saves a second.
 
     Raises:
-      UsageError: the network does not give `num_classes` logits.
+      UsageError: the network does not give `num_classes` logits, or does not take images of that shape.
     """
     inputs = to_inputs(model, jnp.zeros((1, *image_shape), jnp.uint8)).astype(jnp.float32)
     network = make_network(model, num_classes, hyper)
-    logits, variables = network.init_with_output(jax.random.key(hyper["seed"]), inputs, train=False)
+    try:
+        logits, variables = network.init_with_output(jax.random.key(hyper["seed"]), inputs, train=False)
+    except ValueError as error:
+        if model.name not in BUILT_IN:
+            raise  # with the traceback, which its author needs
+        raise UsageError(f"config.model: {error}") from error
     if getattr(logits, "shape", None) != (1, num_classes):
         raise UsageError(
             f"config.model.name: got logits of shape {jnp.shape(logits)[1:]} for one image from {model.name}, expected "
