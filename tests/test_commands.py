@@ -13,13 +13,14 @@ from tests.helpers.runs import command
 from tests.test_docs import PAGES, ROOT
 from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.config import is_sweep, validate
-from vmapbn_flax.fields import FIELDS
+from vmapbn_flax.fields import FIELDS, NETWORK_FIELDS
 from vmapbn_flax.sweeps.expand import expand
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LOOP = re.compile(r"^for .*?^done; wait$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
-SMALL = ["--config.model.hidden=(8,)", "--config.optimizer.warmup_epochs=0.0"]
+NO_WARMUP = "--config.optimizer.warmup_epochs=0.0"
+SMALL = {"mlp": "--config.model.hidden=(8,)", "conv": "--config.model.features=(2,)"}  # or of two channels
 
 LISTED = [
     # These install something, or need what the tests do without.
@@ -98,7 +99,8 @@ def shortened(argv):
         return argv
     config, workdir = parse_config([flag for flag in argv if flag.startswith("--config")])
     devices = [f"--workdir={workdir}_devices"] if config.mesh.data else []
-    return [*argv, *SMALL, f"--config.train.num_epochs={config.train.num_epochs / 1000}", *devices]
+    small = SMALL.get(config.model.name, "--config.model.width=2")
+    return [*argv, small, NO_WARMUP, f"--config.train.num_epochs={config.train.num_epochs / 1000}", *devices]
 
 
 @pytest.mark.parametrize("page", TO_RUN)
@@ -114,7 +116,7 @@ def test_commands_run(page, clone, capsys):
 def test_processes_run(text, clone):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    short = shlex.join([*SMALL, "--config.train.num_epochs=0.02"])
+    short = shlex.join([SMALL["mlp"], NO_WARMUP, "--config.train.num_epochs=0.02"])
     python = f'python() {{ "{sys.executable}" "$@" {short}; }}\n'
     done = subprocess.run(["bash", "-c", python + text.replace("9876", str(port))], capture_output=True, text=True)
     assert "on 2 x cpu" in done.stderr
@@ -134,8 +136,9 @@ def test_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_fields_exist(page):
+    known = set(FIELDS).union(*NETWORK_FIELDS.values())
     fields = re.findall(r"--config\.([a-z][\w.]*)", NAMED[page])
-    assert [name for name in fields if name.removeprefix("sweep.") not in FIELDS] == []
+    assert [name for name in fields if name.removeprefix("sweep.") not in known] == []
 
 
 def test_configs_are_valid():

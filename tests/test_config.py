@@ -1,15 +1,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from configs import default, saved, tiny, vmap_bn
 from vmapbn_flax import default_config
-from vmapbn_flax.config import flat, restore_config, resume_changes, validate, validate_sizes
+from vmapbn_flax.cli.flags import parse_config
+from vmapbn_flax.config import flat, is_sweep, restore_config, resume_changes, validate, validate_sizes
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.fields import FIELDS, NETWORK_FIELDS
 from vmapbn_flax.networks import BUILT_IN
+from vmapbn_flax.sweeps.expand import expand
 
 NAN, INF = float("nan"), float("inf")
 
@@ -289,6 +292,14 @@ def test_fields_that_one_side_lacks():
         resume_changes(old | {"dropout": 0.5}, default_config())
 
 
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    if path.stem == "saved":
+        return
+    config, _ = parse_config([f"--config={path}"])
+    assert expand(config) if is_sweep(config) else validate(config) is None
+
+
 # Saved configs.
 
 
@@ -328,7 +339,5 @@ def test_a_zero_scale_needs_a_norm():
     config.model.zero_scale = True
     validate(config)
     config.model.norm = "none"
-    with pytest.raises(
-        UsageError, match=r"config\.model\.zero_scale: got True, expected .* with model\.norm=none False"
-    ):
+    with pytest.raises(UsageError, match=r"config\.model\.zero_scale: got True, expected .* with model\.norm=none F"):
         validate(config)

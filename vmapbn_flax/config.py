@@ -38,7 +38,7 @@ def validate(config: ConfigDict) -> None:
     networks.check_network(config.model)
     types = _types(config.model.name if config.model.name in networks.BUILT_IN else "mlp")
     for name, field in (FIELDS | NETWORK_FIELDS.get(config.model.name, {})).items():
-        if not (_has_type(values[name], types[name]) and _is_valid(field, values[name], config)):
+        if not (_has_type(values[name], types.get(name)) and _is_valid(field, values[name], config)):
             expected = field.expected.format_map(config)
             raise UsageError(
                 f"config.{name}: got {values[name]!r}, expected {expected}. Change it with --config.{name}=..."
