@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -352,7 +353,18 @@ def test_a_save_that_fails(directory, monkeypatch):
     assert bits(restore_latest(directory, state(0))[0]) == bits(state(3))
 
 
-def full(*arguments):
+def test_no_thread_waits_for_a_directory_that_cannot_be_made(directory, monkeypatch):
+    """Of orbax's: it would keep the process from its end for five minutes."""
+    checkpoints, first, threads = Checkpoints(directory), state(1), set(threading.enumerate())
+    monkeypatch.setattr(os, "makedirs", full)
+    with pytest.raises(RunError, match="could not be saved .*No space left"), contextlib.closing(checkpoints):
+        checkpoints.save(1, first, META)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(2)
+        assert not thread.is_alive(), thread
+
+
+def full(*arguments, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

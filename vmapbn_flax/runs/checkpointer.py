@@ -1,5 +1,6 @@
 """orbax's checkpointers, for saves of all processes together and of one alone."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ def make_saver(*, alone: bool, before_commit: Callable[[], None]) -> ocp.AsyncCh
     # Directories made in the background could fail there, and other threads would wait five minutes for them.
     options = ocp.AsyncOptions(post_finalization_callback=before_commit, create_directories_asynchronously=False)
     processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
-    types = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyHandler()))
+    types = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _NumpyHandler()), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
+    )
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     state = ocp.PyTreeCheckpointHandler(
         multiprocessing_options=processes, **({"type_handler_registry": types} if alone else {})
@@ -57,15 +60,19 @@ class _NumpyHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(
         self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
-        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-            spec = ocp.type_handlers.get_json_tspec_write(
-                info,
-                use_ocdbt=info.is_ocdbt_checkpoint,
-                global_shape=value.shape,
-                local_shape=value.shape,
-                dtype=value.dtype,
-                process_index="0",  # a part of the file's name, which is then that of process 0
-                arg=arg,
-            )
-            await self._open_and_write(value, spec, info.ts_context)
-        return []
+        async def write() -> None:
+            await asyncio.gather(*map(self._write, values, infos, args or [ocp.SaveArgs()] * len(values)))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="write_arrays")]
+
+    async def _write(self, value: np.ndarray, info: Any, arg: Any) -> None:
+        spec = ocp.type_handlers.get_json_tspec_write(
+            info,
+            use_ocdbt=info.is_ocdbt_checkpoint,
+            global_shape=value.shape,
+            local_shape=value.shape,
+            dtype=value.dtype,
+            process_index="0",  # a part of the files' names, which are then those of a run alone
+            arg=arg,
+        )
+        await self._open_and_write(value, spec, info.ts_context)
