@@ -9,6 +9,7 @@ from vmapbn_flax.cli import parity as module
 from vmapbn_flax.cli.parity import compare, parity
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.training import network, steps
+from vmapbn_flax.training.state import named_leaves
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 
@@ -19,18 +20,34 @@ def tree(*leaves):
 
 def test_equal_trees():
     row = compare("equal", tree([1, -2], 3), tree([1, -2], 3), 0.0)
-    assert row == ("equal", 0.0, 0.0, 0.0, 0.0)
+    assert row == ("equal", "0", 0.0, 0.0, 0.0, 0.0)
     assert row.within
     assert compare("zero", tree([0, 0]), tree([0, 0]), 0.0).within
 
 
-def test_largest_difference_wherever_it_is():
-    first, second = tree([1, -8], [[2.0]], 0), tree([1, -8], [[2.5]], 0.25)
-    for row in (compare("", first, second, 0.1), compare("", second, first, 0.1)):
+def test_largest_difference_by_each_array_s_own_measure():
+    first, second = tree([1, -8], [[2.0]], 4), tree([1, -8.5], [[2.5]], 4)
+    for row in (compare("", first, second, 0.2), compare("", second, first, 0.2)):
+        assert row.array == "1"  # a fifth of what it is there, a seventeenth in the first
         assert row.absolute == 0.5
-        assert row.relative == 0.5 / 8  # to the largest entry of all
-        assert row.ulps == 0.5 * 2**20  # floats from 8 on are 2**-20 apart
+        assert row.relative == 0.5 / 2.5
+        assert row.ulps == 0.5 * 2**22  # floats from 2 on are 2**-22 apart
         assert row.within
+
+
+def test_a_small_array_that_is_all_wrong():
+    """Beside one that is a thousand times larger: its difference is 1e-6 of that one."""
+    row = compare("", tree([1e3], [1e-3]), tree([1e3], [-1e-3]), 1e-5)
+    assert row.array == "1"
+    assert not row.within
+
+
+def test_an_array_that_is_rounding_alone():
+    """Its difference is as large as it is, but only 1e-7 of the other's entries."""
+    row = compare("", tree([1.0], [3e-8]), tree([1.0], [-7e-8]), 2e-5)
+    assert row.array == "1"
+    np.testing.assert_allclose(row.relative, 1e-7 / 0.01, rtol=1e-6)
+    assert row.within
 
 
 def test_one_unit_in_the_last_place():
@@ -51,6 +68,7 @@ def test_what_is_not_finite_is_never_within(bad, place):
             row = compare("", as_tree(first), as_tree(second), 1e9)
             assert not row.within
             assert np.isnan(row.absolute)
+            assert row.array in (str(place), "0")
 
 
 def test_trees_of_other_shapes_do_not_compare():
@@ -101,7 +119,9 @@ def test_broken_variant_is_caught(monkeypatch):
 
     monkeypatch.setattr(module, "load_dataset", lambda *arguments: small.dataset())
     monkeypatch.setattr(module, "Programs", broken)
-    outside = {row.what for row in parity(small.config()) if not row.within}
+    rows = parity(small.config())
+    outside = {row.what for row in rows if not row.within}
+    assert {row.array for row in rows if row.what.startswith("gradients")} <= set(named_leaves(small.start().params))
     assert {"outputs of the first batch", "gradients of the first batch", "losses of the first 6 steps"} <= outside
 
 
@@ -114,10 +134,10 @@ def test_no_norm_has_nothing_to_compare():
 def test_exit_status(unchecked, monkeypatch, capsys, apart, status):
     from vmapbn_flax.cli.main import main
 
-    row = module.Difference("outputs of the first batch", apart, apart / 1e-7, apart, 1e-5)
+    row = module.Difference("gradients of the first batch", "dense_0/kernel", apart, apart / 1e-7, apart, 1e-5)
     monkeypatch.setattr(module, "parity", lambda config: [row._replace(relative=0.0), row])
     monkeypatch.setattr("vmapbn_flax.cli.flags.parse_config", lambda arguments: (small.config(), None))
     assert main(["parity", "--config=configs/tiny.py"]) == status
     lines = capsys.readouterr().out.splitlines()
-    assert sum(row.what in line for line in lines) == 2
+    assert sum(row.what in line and row.array in line for line in lines) == 2
     assert sum("NO" in line for line in lines) == status
