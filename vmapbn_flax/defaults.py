@@ -65,7 +65,7 @@ def default_config(network: str = "mlp") -> ConfigDict:
     config.mesh = mesh = ConfigDict()
     mesh.data = 0  # devices along the batch axis; 0: every GPU or TPU, one CPU device a process; sweeps: one
     mesh.member = 0  # devices along the axis of a sweep's members; 0: all there are
-    mesh.cpu_devices = 0  # devices that a CPU is divided into; 0: what mesh.data asks for; sweeps: one a core
+    mesh.cpu_devices = 0  # devices that a CPU is divided into; 0: what these two ask for; sweeps: at least one a core
     mesh.replicate_limit = 2**30  # bytes of images up to which each device holds all of them; beyond, a share
 
     config.distributed = distributed = ConfigDict()

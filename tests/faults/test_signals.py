@@ -75,6 +75,28 @@ def test_before_there_is_anything_to_save(run, signum):
     assert not run.workdir.exists()
 
 
+OTHERS = {
+    "evaluate": (["{run}"], "load_dataset"),
+    "refresh": (["{run}"], "load_dataset"),
+    "parity": (["--config=configs/tiny.py"], "load_dataset"),
+    "selftest": (["--config=configs/tiny.py"], "_train"),
+    "plot": (["{run}", "-o", "{log}.png"], "plot_runs"),
+    "report": (["{run}"], "report"),
+}
+
+
+@pytest.mark.parametrize(("command", "arguments", "function"), [(name, *rest) for name, rest in OTHERS.items()])
+def test_other_commands(program, undisturbed, tmp_path, command, arguments, function):
+    log = tmp_path / "log"
+    argv = [argument.format(run=undisturbed.workdir, log=log) for argument in arguments]
+    program.start(command, *argv, log=log, name=f"vmapbn_flax.cli.{command}:{function}", seconds=60)
+    while not (log.exists() and "waiting" in log.read_text()):
+        assert program.wait(0.01) is None, log.read_text()
+    program.signal(signal.SIGINT)
+    assert program.wait() == 128 + signal.SIGINT
+    assert log.read_text().splitlines()[-1] == "note: stopped; the same command starts again"
+
+
 def test_while_the_picture_is_drawn(run, undisturbed):
     """Nothing is left to stop: the run finishes."""
     run.start(name="vmapbn_flax.runs.pictures:plot_runs", seconds=0.5)
