@@ -234,6 +234,7 @@ DAMAGE = {
     "truncated": (*replace(WHOLE[:-40]), "got a damaged image .*; expected a whole PNG or JPEG image"),
     "truncated_jpeg": (*replace(encoded(OTHER.resize((9, 8)), "jpeg")[:-20]), "got a damaged image"),
     "garbage": (*replace(WHOLE[:30] + bytes(100)), "got a damaged image .*; expected a whole PNG or JPEG image"),
+    "chunk": (*replace(WHOLE[:33] + b"\xcf" + WHOLE[34:]), "got a damaged image"),  # that claims to have 3 GB
     "bomb": (*replace(BOMB), "got an image of 60000 x 60000, colour; expected 8 x 9, colour"),
     "bomb_first": (
         *replace(BOMB, "train/cat/0000.png"),
