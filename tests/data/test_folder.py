@@ -267,6 +267,18 @@ def test_damage_is_one_line_naming_the_file(own, file, damage, match):
     assert "\n" not in str(error.value)
 
 
+def test_a_chunk_that_claims_more_than_the_file_has(tmp_path):
+    """Pillow decodes such an image; of an open file, it would first allocate 3 GB."""
+    path = tmp_path / "claim.png"
+    path.write_bytes(WHOLE[:33] + b"\xcf" + WHOLE[34:])
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(images.read_image(path, COLOUR), examples(1, seed=3, shape=COLOUR).images[0])
+        assert tracemalloc.get_traced_memory()[1] < 3e6
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
 def test_damage_is_found_when_it_is_read(own, damage):
     train = load("folder", own, memory_limit=TINY).train

@@ -1,6 +1,7 @@
 """PNG and JPEG files, whose kind and size are looked at before a pixel is decoded."""
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from PIL.PngImagePlugin import PngImageFile
 from vmapbn_flax.data.records import first_line
 from vmapbn_flax.data.splits import described
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.files import read_file
 
 _MOST_PIXELS = 2**26  # of one image
+_MOST_BYTES = 3e8  # of one file
 _CHANNELS = {"L": (), "RGB": (3,)}  # by Pillow's name of the mode
 _READERS: dict[bytes, Callable[[Any], Image]] = {b"\x89PNG": PngImageFile, b"\xff\xd8": JpegImageFile}
 
@@ -54,14 +57,12 @@ def read_image(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "height 
 def _opened(path: Path) -> Iterator[Image]:
     """The image in a file, of which only the header is read yet; every error names the file."""
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-            file.seek(0)
-            reader = next((reader for magic, reader in _READERS.items() if start.startswith(magic)), None)
-            if reader is None:
-                raise _unreadable(path, "neither PNG nor JPEG")
-            with reader(file) as image:
-                yield image
+        content = read_file(path, _MOST_BYTES)
+        reader = next((reader for magic, reader in _READERS.items() if content.startswith(magic)), None)
+        if reader is None:
+            raise _unreadable(path, "neither PNG nor JPEG")
+        with reader(io.BytesIO(content)) as image:  # of the file itself, Pillow allocates what a chunk claims to have
+            yield image
     except UsageError:
         raise
     except Exception as error:  # a damaged image may raise anything
