@@ -241,6 +241,8 @@ SWEEPS = {
     "a distribution of names": "config.sweep_options.mode = 'random'\n    sweep.model.norm = ('uniform', 0, 1)",
     "a distribution the wrong way": "config.sweep_options.mode = 'random'\n    sweep.seed = ('uniform', 5, 1)",
     "a logarithm of zero": "config.sweep_options.mode = 'random'\n    sweep.seed = ('log_uniform', 0, 1)",
+    "all numbers": "config.sweep_options.mode = 'random'\n    sweep.seed = ('uniform', -1e308, 1e308)",
+    "a number beyond floats": "config.sweep_options.mode = 'random'\n    sweep.seed = ('uniform', 0, 10**400)",
     "more draws than values": "config.sweep_options.mode = 'random'\n    sweep.seed = (0, 1)",
     "none held out": "config.data.validation_size = 0\n    sweep.seed = (0, 1)",
     "a long name": "sweep.model.hidden = ((1,) * 200, (2,) * 200)",

@@ -16,6 +16,7 @@ from vmapbn_flax.config import FIELDS, MOST_MEMBERS, flat, validate, without_dis
 from vmapbn_flax.errors import UsageError
 
 _DISTRIBUTIONS = ("uniform", "log_uniform")
+_LARGEST = 1e300  # number; the difference of two bounds is one, too
 _LONGEST_NAME = 200  # characters; file systems end at 255
 
 
@@ -69,6 +70,8 @@ def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
         raise UsageError(
             f"config.sweep.{name}: got {values!r}, expected a tuple of at least one value, such as ({fields[name]!r},)"
         )
+    if not all(abs(value) < _LARGEST for value in values if isinstance(value, int | float)):
+        raise UsageError(f"config.sweep.{name}: got {values!r}, expected numbers below {_LARGEST:g}")
     return values
 
 
