@@ -108,7 +108,7 @@ def resume_changes(old: dict, config: ConfigDict) -> list[str]:
             if before.get(name) != now.get(name)
         }
         refused = [change for name, change in changes.items() if not _may_change(name, before, now)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"got a damaged config in the workdir ({error}); expected the config that the run wrote. "
             f"Restore it from a copy, or start afresh in another --workdir."
@@ -160,7 +160,7 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
         config = without_distributed(config)  # no file says which machines to connect to
         if None in flat(config).values():
             raise ValueError("a field is null")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{source}: got a config that does not fit ({reason}); expected one that a run wrote.") from None
     return config

@@ -39,7 +39,7 @@ def _one_of(*choices: str, **more: Any) -> Field:
 
 
 def _at_least(least: int, expected: str, **more: Any) -> Field:
-    return Field(expected, lambda value, config: value >= least, **more)
+    return Field(f"{expected}, below 2**63", lambda value, config: least <= value < 2**63, **more)
 
 
 def _positive(expected: str, **more: Any) -> Field:

@@ -54,7 +54,7 @@ for _ in range(40):
 del ODD[-39:-1]  # two that are nested: a little, and deep
 _KEYS = ["", "a.b", "step", "sweep", "name", "__class__", "__dict__", "lock", "items", "\0", "\ud800"]
 
-_values = st.sampled_from(ODD) | st.recursive(
+_values = st.sampled_from(ODD).map(copy.deepcopy) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,

@@ -180,9 +180,12 @@ def _read(path: Path, template: State) -> tuple[State, Meta]:
             require_shallow(meta)
             if repr(meta["step"]) != path.name:
                 raise ValueError(f"it was saved as step {meta['step']}")
-            if not all(isinstance(run["rows"], int) and isinstance(run["config"], dict) for run in meta["runs"]):
+            runs = meta["runs"]
+            if not isinstance(runs, list) or not all(
+                isinstance(run["rows"], int) and isinstance(run["config"], dict) for run in runs
+            ):
                 raise ValueError("runs without rows and configs")
-            count = len(meta["runs"])
+            count = len(runs)
             saved_as = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state")
             require_fit(saved_as, template, count, path)
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}

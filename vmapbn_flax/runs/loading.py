@@ -31,7 +31,7 @@ def load_config(workdir: Workdir, network: str | None = None) -> ConfigDict:
     networks.refuse_untrusted(config.model.name)
     try:
         validate(config)
-    except UsageError as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
         raise RunError(
             f"{workdir.config}: got a config that does not fit ({error}), expected one that a run wrote"
         ) from None

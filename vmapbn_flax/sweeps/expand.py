@@ -20,6 +20,7 @@ from vmapbn_flax.networks import choose_network, displayed
 from vmapbn_flax.runs.workdir import Workdir
 
 _DISTRIBUTIONS = ("uniform", "log_uniform")
+_LARGEST = 1e300  # number; the difference of two bounds is one, too
 _LONGEST_NAME = 200  # characters; file systems end at 255
 _DIGITS = range(4, 18)  # of a drawn number in a name, the fewest that do; 17 tell all numbers apart
 
@@ -96,6 +97,8 @@ def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
         raise UsageError(
             f"config.sweep.{name}: got {values!r}, expected a tuple of at least one value, such as ({fields[name]!r},)"
         )
+    if not all(abs(value) < _LARGEST for value in values if isinstance(value, int | float)):
+        raise UsageError(f"config.sweep.{name}: got {values!r}, expected numbers below {_LARGEST:g}")
     return values
 
 
