@@ -15,21 +15,12 @@ __all__ = ["small_disk"]
 
 SECONDS = 5
 
-# A thread that works on, as one that compiles does; and a file for each row that no process may have so many of.
+# A thread that works on, as one that compiles does.
 BUSY = """
 import threading, time
 threading.Thread(target=time.sleep, args=(60,)).start()
 from vmapbn_flax.cli.main import run_program
 run_program(["train", "--config=missing.py"])
-"""
-SWEEP = """
-from tests.helpers import small
-from vmapbn_flax.cli.main import run_program
-from vmapbn_flax.sweeps import plan
-plan.load_dataset = small.load
-seeds = ",".join(map(str, range(60)))
-flags = ["--config.sweep.model.hidden=()", "--config.sweep.optimizer.learning_rate=()", "--config.train.num_epochs=0.4"]
-run_program(["train", "--config=tests/helpers/fault_sweep_config.py", *flags, f"--config.sweep.seed=({seeds})", *rest])
 """
 
 

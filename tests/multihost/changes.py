@@ -78,6 +78,21 @@ def failing_save():
     checkpoints.write_sums = write_until_full
 
 
+def failing_directory():
+    """The directory of the third checkpoint cannot be made, while the others wait for it."""
+    makedirs, calls = os.makedirs, 0
+
+    def make_until_full(path, *arguments, **options):
+        nonlocal calls
+        calls += str(path).endswith("-tmp") and "/state" not in str(path) and "/meta" not in str(path)
+        if calls == 3:
+            _note_the_moment()
+            raise OSError(28, "No space left on device")
+        makedirs(path, *arguments, **options)
+
+    os.makedirs = make_until_full
+
+
 def noted_saves():
     """Where this process saves checkpoints is said."""
     save = checkpoints.Checkpoints.save

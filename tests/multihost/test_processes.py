@@ -247,6 +247,7 @@ NO_ROOM = "metrics.jsonl: got No space left on device"
         ("bug", 1, (), 1, "ZeroDivisionError: a bug"),
         ("full_disk", 0, (), 1, NO_ROOM),
         ("failing_save", 0, (), 1, "got a checkpoint that could not be saved"),
+        ("failing_directory", 0, (), 1, "got a checkpoint that could not be saved"),
     ],
 )
 def test_an_error_in_one_ends_all(two, name, process, flags, status, message):

@@ -357,7 +357,7 @@ def test_no_thread_waits_for_a_directory_that_cannot_be_made(directory, monkeypa
     """Of orbax's: it would keep the process from its end for five minutes."""
     checkpoints, first, threads = Checkpoints(directory), state(1), set(threading.enumerate())
     monkeypatch.setattr(os, "makedirs", full)
-    with pytest.raises(RunError, match="could not be saved .*No space left"), contextlib.closing(checkpoints):
+    with pytest.raises(RunError, match=r"could not be saved .*No space left"), contextlib.closing(checkpoints):
         checkpoints.save(1, first, META)
     for thread in set(threading.enumerate()) - threads:
         thread.join(2)

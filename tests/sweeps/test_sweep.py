@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -447,6 +448,17 @@ def test_group_of_which_all_diverge_ends(tmp_path):
     for name, entry in ledger.members.items():  # each as far as it came
         assert saved_steps(tmp_path / "sweep" / name / "checkpoints") == [entry["step"]]
     assert not any((tmp_path / "sweep" / "groups").glob("*"))
+
+
+def test_more_members_than_files_may_be_open(tmp_path):
+    """Of forty members, as of two thousand where a process may have 256 open files."""
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(list(Path("/proc/self/fd").iterdir()))
+    config = sweep_config({"seed": tuple(range(40))}, train__num_epochs=0.4)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 64, limits[1]))
+    try:
+        assert sweep.train_sweep(config, tmp_path / "sweep").count("done") == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_widths_are_groups(tmp_path, compilations):
