@@ -31,11 +31,14 @@ def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":
 class OneRun:
     """A single run: functions and arrays stay as they are."""
 
-    count = 1
+    count = rows_each = 1
     spec = PartitionSpec()
 
     def map(self, function: Callable, own: Sequence[int]) -> Callable:
         return function
+
+    def one_at_a_time(self, function: Callable, own: Sequence[int]) -> Callable:
+        return lambda *arguments: function(*arguments[:-1])
 
     def map_at_once(self, function: Callable) -> Callable:
         return function
@@ -64,6 +67,7 @@ class Stacked:
 
     Attributes:
       count: the number of members.
+      rows_each: the number of members on each device along the axis `member`, padding included.
       spec: the partition of arrays with an axis of members.
     """
 
@@ -72,8 +76,8 @@ class Stacked:
     def __init__(self, count: int, devices: Mesh | None):
         self.count, self._devices = count, devices
         places = 1 if devices is None else devices.shape[MEMBER]
-        self._rows_each = math.ceil(count / places)  # on each device along the axis `member`
-        self._rows = np.minimum(np.arange(places * self._rows_each), count - 1)
+        self.rows_each = math.ceil(count / places)
+        self._rows = np.minimum(np.arange(places * self.rows_each), count - 1)
 
     def map(self, function: Callable, own: Sequence[int]) -> Callable:
         """Maps `function` over the members. Only the arguments at the positions `own` have an axis of members."""
@@ -86,6 +90,25 @@ class Stacked:
             return jax.vmap(function, axes, spmd_axis_name=MEMBER)(*arguments)
 
         return mapped
+
+    def one_at_a_time(self, function: Callable, own: Sequence[int]) -> Callable:
+        """`function` for one member of each device, without a loop; its last argument is the member's number there.
+
+        The first argument of `function` is a state, and so is its result, which replaces that member's.
+        """
+
+        def one_member(*arguments: PyTree) -> PyTree:
+            *arguments_of_all, number = arguments
+
+            def take(tree: PyTree) -> PyTree:
+                return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), tree)
+
+            result = function(*(take(tree) if i in own else tree for i, tree in enumerate(arguments_of_all)))
+            return jax.tree.map(
+                lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, number, 0), arguments[0], result
+            )
+
+        return _on_each_device(one_member, own, self._devices)
 
     def map_at_once(self, function: Callable) -> Callable:
         """Maps `function` over the members, which share no argument."""
@@ -116,7 +139,7 @@ class Stacked:
         if self._devices is None:
             return [0] * self.count
         first = self._devices.devices[:, 0]  # along the axis `data` lie copies
-        return [first[i // self._rows_each].process_index for i in range(self.count)]
+        return [first[i // self.rows_each].process_index for i in range(self.count)]
 
 
 def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:
@@ -129,13 +152,18 @@ def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) ->
 
         return lax.map(one_member, [arguments[i] for i in own])
 
+    return _on_each_device(mapped, own, devices)
+
+
+def _on_each_device(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:
+    """`function` of the members that lie on a device, on each device."""
     if devices is None:
-        return mapped
+        return function
 
     def sharded(*arguments: PyTree) -> PyTree:
         members = PartitionSpec(MEMBER)
         specs = tuple(members if i in own else PartitionSpec() for i in range(len(arguments)))
-        return jax.shard_map(mapped, mesh=devices, in_specs=specs, out_specs=members, check_vma=False)(*arguments)
+        return jax.shard_map(function, mesh=devices, in_specs=specs, out_specs=members, check_vma=False)(*arguments)
 
     return sharded
 

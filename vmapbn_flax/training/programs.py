@@ -111,8 +111,15 @@ class Programs:
 
         make, over = partial(Program, sharding=self._sharding), self._members.map
         training = (_STATE, _HYPER, _ORDER)
+        self._by_step = (
+            jax.default_backend() == "cpu" and (self.count == 1 or self.layout.count == 1) and self._has_convolutions()
+        )
+        if self._by_step:
+            train = self._members.one_at_a_time(steps.make_one_step(train_step, take_batch), training)
+        else:
+            train = over(steps.make_train_steps(train_step, take_batch), training)
         self._create = make("create", self._members.map_at_once(self._create_one), optimise=False)
-        self._train = make("train", over(steps.make_train_steps(train_step, take_batch), training), donate=(_STATE,))
+        self._train = make("train", train, donate=(_STATE,))
         self._gradients = make("gradients", over(gradients, training))
         self._evaluate = {
             name: make(name, over(evaluate, _VARIABLES), trace_in_thread=True)
@@ -121,6 +128,19 @@ class Programs:
         self._population = make("population", over(population, _VARIABLES))
         self._copy = make("copy", lambda state: jax.tree.map(jnp.copy, state), optimise=False)
         self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
+
+    def _has_convolutions(self) -> bool:
+        """Whether a parameter has more axes than a matrix.
+
+        XLA's compiler for CPUs runs the gradients of convolutions ten times slower inside a loop than outside: it turns
+        them into a fast form only outside (jax-ml/jax#12868). They are trained by one call a step.
+        """
+        return any(leaf.ndim > 2 for leaf in jax.tree.leaves(self._shapes.params))
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        """The shapes and types of the state of one member."""
+        return jax.eval_shape(self._create_one, self._hypers[0])
 
     def with_members(self, configs: Sequence[ConfigDict]) -> "Programs":
         """The same programs, already compiled, for as many other members."""
@@ -140,7 +160,7 @@ class Programs:
 
     def template(self) -> TrainState:
         """The shapes and types of a saved state: for several members with a leading axis, without padding."""
-        return self._members.template(jax.eval_shape(self._create_one, self._hypers[0]))
+        return self._members.template(self._shapes)
 
     def create(self) -> TrainState:
         """The state before the first step."""
@@ -188,8 +208,13 @@ class Programs:
         while step < end:
             if self._stream:
                 count = min(end - step, self._stream.steps_left(step))
-            arguments = (*self._position(step), np.int32(count))
-            state = self.compiler.call(self._train, state, self.hyper, *arguments)
+            if self._by_step:
+                count, numbers = 1, range(self._members.rows_each)
+            else:
+                numbers = [count]
+            arguments = self._position(step)
+            for number in numbers:
+                state = self.compiler.call(self._train, state, self.hyper, *arguments, np.int32(number))
             del arguments
             step += count
         return state

@@ -180,6 +180,17 @@ def make_train_steps(train_step: TrainStep, take_batch: Callable[..., Batch]) ->
     return train_steps
 
 
+def make_one_step(train_step: TrainStep, take_batch: Callable[..., Batch]) -> Callable[..., TrainState]:
+    """`one_step(state, hyper, images, labels, permutation, number) -> state`, which trains on batch `number`."""
+
+    def one_step(
+        state: TrainState, hyper: Hyperparameters, images: Array, labels: Array, permutation: Array, number: Array
+    ) -> TrainState:
+        return train_step(state, hyper, take_batch(images, labels, permutation, number))[0]
+
+    return one_step
+
+
 def make_gradients(
     loss: Callable, take_batch: Callable[..., Batch], batch_size: int
 ) -> Callable[..., tuple[Array, Any]]:
