@@ -43,7 +43,7 @@ def _one_of(*choices: str, **more: Any) -> Field:
 
 
 def _at_least(least: int, expected: str, **more: Any) -> Field:
-    return Field(expected, lambda value, config: value >= least, **more)
+    return Field(f"{expected}, below 2**63", lambda value, config: least <= value < 2**63, **more)
 
 
 def _positive(expected: str, **more: Any) -> Field:
@@ -239,7 +239,7 @@ def resume_changes(old: dict, config: ConfigDict) -> list[str]:
             if before.get(name) != now.get(name)
         }
         refused = [change for name, change in changes.items() if not _may_change(name, before, now)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"got a damaged config in the workdir ({error}); expected the config that the run wrote. "
             f"Restore it from a copy, or start afresh in another --workdir."
@@ -284,7 +284,7 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
         config = without_distributed(config)  # no file says which machines to connect to
         if None in flat(config).values():
             raise ValueError("a field is null")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{source}: got a config that does not fit ({reason}); expected one that a run wrote.") from None
     return config

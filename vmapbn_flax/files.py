@@ -71,7 +71,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
     """The JSON object `content`, which comes from anywhere.
 
     Raises:
-      ValueError: it is no JSON, no object, or nested so deep that code which follows the nesting would fail.
+      ValueError: it is no JSON, no object, or nested too deep.
     """
     try:
         parsed = json.loads(content)
@@ -79,13 +79,21 @@ def parse_json(content: bytes) -> dict[str, Any]:
         raise ValueError(str(error)) from None
     if not isinstance(parsed, dict):
         raise ValueError(f"a {type(parsed).__name__}, not an object")
-    level: list[Any] = [parsed]
-    depth = 1
-    while level := [value for outer in level for value in _inner(outer) if isinstance(value, dict | list)]:
+    require_shallow(parsed)
+    return parsed
+
+
+def require_shallow(parsed: Any) -> None:
+    """Checks that code which follows the nesting of `parsed`, a value of JSON, will not fail.
+
+    Raises:
+      ValueError: it is nested too deep.
+    """
+    level, depth = [parsed], 0
+    while level := [value for outer in level if isinstance(outer, dict | list) for value in _inner(outer)]:
         depth += 1
         if depth > _DEEPEST_JSON:
             raise ValueError(f"nested more than {_DEEPEST_JSON} deep")
-    return parsed
 
 
 def _inner(value: dict | list) -> Iterable[Any]:

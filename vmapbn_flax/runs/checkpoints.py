@@ -14,7 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.files import require_shallow
 from vmapbn_flax.runs.console import say
+from vmapbn_flax.runs.shapes import require_fit
 from vmapbn_flax.runs.sums import require_whole, write_sums
 from vmapbn_flax.training.state import named_leaves
 
@@ -145,10 +147,9 @@ def restore(directory: Path, step: int, template: State) -> tuple[State, Meta]:
     """
     path = directory / str(step)
     try:
-        arrays, meta = _read(path)
+        return _read(path, template)
     except DamagedError as error:
         raise RunError(f"{error} Choose another --step; training on falls back to the newest good one.") from None
-    return _from_arrays(arrays, template, path), meta
 
 
 def restore_latest(directory: Path, template: State) -> tuple[State, Meta] | None:
@@ -157,14 +158,14 @@ def restore_latest(directory: Path, template: State) -> tuple[State, Meta] | Non
     Every checkpoint is read. Damaged ones are moved to `<directory>/damaged/`, with a warning each.
 
     Raises:
-      RunError: every checkpoint is damaged, or the newest whole one is of another model. Then nothing is moved.
+      RunError: every checkpoint is damaged, or one is of another model. Then nothing is moved.
     """
     newest, damaged = None, {}
     for step in reversed(saved_steps(directory)):
         path = directory / str(step)
         try:
-            arrays, meta = _read(path)
-            newest = newest or (_from_arrays(arrays, template, path), meta)
+            found = _read(path, template)
+            newest = newest or found
         except DamagedError as error:
             damaged[step] = error
     if newest is None and damaged:
@@ -184,28 +185,37 @@ class DamagedError(Exception):
     """The files of a checkpoint are not what was saved."""
 
 
-def _read(path: Path) -> tuple[Arrays, Meta]:
+def _read(path: Path, template: State) -> tuple[State, Meta]:
+    """The state in `path`, as numpy arrays, whatever devices they were saved from, and the JSON beside it."""
     try:
         require_whole(path)
         processes = _this_process()
         with ocp.Checkpointer(_handler(processes), multiprocessing_options=processes) as checkpointer:
-            # As numpy arrays, whatever devices they were saved from.
+            meta = checkpointer.restore(path.absolute(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            if "runs" not in meta:
+                raise ValueError("it was saved by an earlier version of this program")
+            require_shallow(meta)
+            if repr(meta["step"]) != path.name:
+                raise ValueError(f"it was saved as step {meta['step']}")
+            runs = meta["runs"]
+            if not isinstance(runs, list) or not all(
+                isinstance(run["rows"], int) and isinstance(run["config"], dict) for run in runs
+            ):
+                raise ValueError("runs without rows and configs")
+            count = len(runs)
             saved_as = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state")
+            require_fit(saved_as, template, count, path)
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
-            items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
-            saved = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
-        meta = saved["meta"]
-        if "runs" not in meta:
-            raise ValueError("it was saved by an earlier version of this program")
-        count = len(meta["runs"])
-        if str(meta["step"]) != path.name:
-            raise ValueError(f"it was saved as step {meta['step']}")
+            state = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            arrays = checkpointer.restore(path.absolute(), args=state)["state"]
+    except RunError:
+        raise
     # Damage raises a different exception in each layer below, `Exception` itself included.
     except Exception as error:
         raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
     if count > 1:  # many processes also save the rows that pad the members to the devices
-        return {name: array[:count] for name, array in saved["state"].items()}, meta
-    return saved["state"], meta
+        arrays = {name: array[:count] for name, array in arrays.items()}
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named_leaves(template)]), meta
 
 
 def _partial(path: Path) -> Path:
@@ -228,20 +238,3 @@ def _to_arrays(state: Any) -> Arrays:
         return leaf if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable else np.asarray(leaf)
 
     return {name: as_saved(leaf) for name, leaf in named_leaves(state).items()}
-
-
-def _from_arrays(arrays: Arrays, template: State, path: Path) -> State:
-    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(template).items()}
-    got = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    for name in dict.fromkeys([*expected, *got]):
-        if expected.get(name) != got.get(name):
-            describe = {key: _describe(side.get(name)) for key, side in (("got", got), ("expected", expected))}
-            raise RunError(
-                f"{path}: {name}: got {describe['got']}, expected {describe['expected']}: a checkpoint of "
-                f"another model. Use the config it was made with, or another --workdir."
-            )
-    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])
-
-
-def _describe(spec: tuple | None) -> str:
-    return f"{spec[1]}{list(spec[0])}" if spec else "nothing"

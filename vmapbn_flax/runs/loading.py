@@ -20,7 +20,7 @@ def load_config(workdir: Workdir) -> ConfigDict:
     try:
         config = ConfigDict(saved)
         validate(config)
-    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
         raise RunError(
             f"{workdir.config}: got a config that does not fit ({error}), expected one that a run wrote"
         ) from None

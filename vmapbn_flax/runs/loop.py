@@ -94,7 +94,7 @@ class Loop:
         return restored
 
     def _require_fit(self, meta: Meta) -> None:
-        if [run["name"] for run in meta["runs"]] != [record.name for record in self._records]:
+        if [run.get("name") for run in meta["runs"]] != [record.name for record in self._records]:
             raise RunError(
                 f"{self._directory}: got checkpoints of other members, expected {self._records[0].name} and the "
                 f"rest of its group. Remove {self._directory.parent} to start the group afresh."

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from vmapbn_flax.files import write_whole
+from vmapbn_flax.files import read_file, write_whole
 
 _SUMS = "SHA256"  # for `sha256sum --check`
 
@@ -19,10 +19,12 @@ def require_whole(path: Path) -> None:
     orbax would notice most damage, but its threads print tracebacks then.
 
     Raises:
-      ValueError: a file is missing, superfluous or changed.
+      ValueError: a file is missing, superfluous, changed, or a pipe or a device, which might never end.
       OSError: the sums cannot be read.
     """
-    lines = [line.partition("  ") for line in (path / _SUMS).read_text().splitlines()]
+    if strays := [entry.name for entry in path.rglob("*") if not (entry.is_file() or entry.is_dir())]:
+        raise ValueError(f"{strays[0]} is no file")
+    lines = [line.partition("  ") for line in read_file(path / _SUMS).decode().splitlines()]
     saved, found = {name: sha for sha, _, name in lines}, _file_sums(path)
     for name in sorted({*saved, *found}):
         if saved.get(name) != found.get(name):

@@ -1,6 +1,7 @@
 """The ledger of a sweep: its members, its groups, and the status of each member."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError
@@ -39,7 +40,9 @@ class Ledger:
         """
         try:
             self.members, self.groups = dict(content["members"]), [list(names) for names in content["groups"]]
-            for entry in self.members.values():
+            for name, entry in self.members.items():
+                if Path(name).name != name or name == "..":
+                    raise ValueError(f"the member {name!r}, which is no name of a directory")
                 if (
                     entry["status"] not in STATUSES
                     or type(entry["step"]) is not int

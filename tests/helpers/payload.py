@@ -1,0 +1,3 @@
+"""What no file may make the program import."""
+
+raise AssertionError("imported because a file named it")
