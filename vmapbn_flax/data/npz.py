@@ -48,9 +48,9 @@ def load(path: Path, test_fraction: float, max_bytes: float) -> Dataset:
 
 
 def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
     try:
+        if path.is_file():
+            return path
         files = sorted(file for file in path.iterdir() if file.suffix == ".npz")
     except OSError as error:
         raise UsageError(
