@@ -28,6 +28,9 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+collect_ignore = ["helpers/payload.py"]  # its import fails, on purpose
+
+
 @pytest.fixture
 def unchecked():
     """What a user sees, who has no import hook: our own errors in place of jaxtyping's."""

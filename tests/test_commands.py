@@ -38,6 +38,8 @@ LISTED = [
     "tensorboard --logdir runs",
     "tfds build fashion_mnist --file_format=array_record",
     "python train.py --config=configs/vmap_bn.py --config.data.name=fashion_mnist",
+    "python train.py --config=configs/vmap_bn.py --config.data.name=folder --config.data.dir=~/flowers",
+    "python train.py --config=configs/vmap_bn.py --config.data.name=idx --config.data.dir=fashion_mnist",
     "srun python train.py --config=configs/vmap_bn.py --config.distributed.coordinator=slurm",
     # These test, or other tests run them.
     "pytest",
@@ -45,6 +47,7 @@ LISTED = [
     "pytest -m slow",
     "pytest tests/cli tests/test_files.py tests/runs tests/multihost tests/faults",
     "pytest -n0 -m slow -s tests/faults/test_kills.py",
+    "pytest -n0 -m slow tests/test_fuzz.py",
     ".ci/run",
     ".ci/constraints",
     "python -m vmapbn_flax selftest --config=configs/tiny.py",

@@ -36,7 +36,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train, mask=None):
-        return nn.Dense(self.width)(x.reshape(-1))
+        return nn.Dense(self.num_classes)(nn.Dense(self.width)(x.reshape(-1)))
 
 class NoNorm(nn.Module):
     num_classes: int
@@ -186,7 +186,7 @@ def test_a_workdir_names_no_code_to_run(own, capsys):
 def test_who_trusts_the_code_says_its_name(own, capsys):
     workdir = foreign(own)
     status, lines = command(capsys, "evaluate", workdir, "--network=mine:Net")
-    assert status == 1
+    assert status == 1, lines
     assert "checkpoints: got steps [], expected a checkpoint" in lines[-1]
     assert (own / "imported").exists()
 

@@ -160,7 +160,7 @@ def restore_config(config: ConfigDict, saved: Any, source: str) -> ConfigDict:
         config = without_distributed(config)  # no file says which machines to connect to
         if None in flat(config).values():
             raise ValueError("a field is null")
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{source}: got a config that does not fit ({reason}); expected one that a run wrote.") from None
     return config

@@ -74,7 +74,7 @@ def restore_network(config: ConfigDict, saved: dict[str, Any]) -> None:
 
 def untrusted(name: str) -> str:
     """The name of a network that a workdir gives: it may come from anywhere, and nothing imports what it names."""
-    return name if name in BUILT_IN else _UNTRUSTED + name
+    return _UNTRUSTED + name if ":" in name else name
 
 
 def displayed(name: str) -> str:

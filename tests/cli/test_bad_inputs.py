@@ -16,7 +16,7 @@ from tests.helpers.runs import CONFIG, command
 from vmapbn_flax import default_config
 from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.config import flat
-from vmapbn_flax.fields import FIELDS
+from vmapbn_flax.fields import FIELDS, NETWORK_FIELDS
 from vmapbn_flax.runs import train as run
 from vmapbn_flax.sweeps.plan import Datasets
 
@@ -48,13 +48,16 @@ def check(capsys, argv, status, word):
 # Every field: what no type of it can be read from, and what is out of range.
 
 DEFAULTS = flat(default_config())
-OF_NO_TYPE = {int: ["x", "1.5", "", "()"], float: ["x", "", "()"], bool: ["x"], tuple: ["x", "{}"], str: []}
+OF_NO_TYPE = {int: ["x", "1.5", "", "()"], float: ["x", "", "()"], bool: ["x"], tuple: ["x", "1.5"], str: []}
 OUT_OF_RANGE = {
     "train.num_epochs": ["-inf"],
     "seed": ["-2147483649"],
     "data.name": ["/etc", "mnist/", "a b"],
     "data.memory_limit": ["-0.0"],
+    "data.augment": ["('shift',)", "('flip:1',)", "(2,)"],
+    "model.name": ["cnn", "nowhere:Net", "json:loads"],
     "model.norm": ["None", "VMAP"],
+    "model.dtype": ["int8", "float16"],
     "model.hidden": ["(65537,)", "(1e3,)", "('a',)"],
     "model.batch_norm_momentum": ["-inf"],
     "model.batch_norm_epsilon": ["nan"],
@@ -91,7 +94,7 @@ FLAGS += [(name, value) for name, default in DEFAULTS.items() for value in OF_NO
 
 
 def test_every_field_has_bad_values():
-    assert {name for name, _ in FLAGS} | {"data.dir"} == FIELDS.keys()
+    assert {name for name, _ in FLAGS} | {"data.dir"} == FIELDS.keys() | NETWORK_FIELDS["mlp"].keys()
 
 
 @pytest.mark.parametrize(("name", "value"), FLAGS)

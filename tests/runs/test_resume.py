@@ -103,10 +103,11 @@ def test_one_row_a_step_and_kind(undisturbed):
     assert len(rows) == len(train_rows) + len(test_rows)
 
 
-def test_tensorboard_ranks_runs_by_figures(undisturbed):
+def test_tensorboard_shows_each_figure_once(undisturbed):
+    """Its hparams tab ranks runs by the last of these scalars: see test_metrics.py."""
     shown = scalars(undisturbed)
-    assert {tag for tag, _ in shown if tag.startswith("hparam/")} == {"hparam/test_loss", "hparam/test_accuracy"}
-    assert shown["hparam/test_loss", 0] == shown["test_loss", TOTAL]
+    assert ("test_loss", TOTAL) in shown
+    assert [tag for tag, _ in shown if tag.startswith("hparam")] == []
 
 
 def test_a_finished_run_says_so_and_changes_nothing(train, workdir, undisturbed):
@@ -228,7 +229,7 @@ def test_another_config_is_refused(train, workdir, undisturbed, flag, change, wi
     status, lines = train(flag)
     assert (status, len(lines)) == (1, 1)
     if flag == "--config.model.hidden=(6,4)" and without:
-        assert "got float32[5], expected float32[4]: a checkpoint of another model" in lines[0]
+        assert "got float32[6, 5], expected float32[6, 4]: a checkpoint of another model" in lines[0]
     else:
         assert f"got a config that differs from the one this run was made with ({change})" in lines[0]
     assert sorted(workdir.rglob("*")) == before

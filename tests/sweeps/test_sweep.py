@@ -480,7 +480,7 @@ def test_group_that_fails(on_failure, statuses, tmp_path, monkeypatch):
     create = Programs.create
 
     def fail_first(programs):
-        if jax.tree.leaves(programs.template().params)[0].shape == (4,):
+        if jax.tree.leaves(programs.template().params)[0].shape == (small.FEATURES, 4):
             raise RunError("out of luck")
         return create(programs)
 

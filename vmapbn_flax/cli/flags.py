@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vmapbn_flax.cli import environment
+from vmapbn_flax.config import flat
 from vmapbn_flax.errors import UsageError, UserError
 from vmapbn_flax.networks import choose_network, refuse_untrusted
 
@@ -67,7 +68,7 @@ def _override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     rest = names([_PROGRAM, *arguments], known_only=True)
     if (name := names["config.model.name"].value) is not None:
         choose_network(config, name)
-    refuse_untrusted(config.model.name)
+    refuse_untrusted(flat(config).get("model.name", ""))
     config.lock()
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)

@@ -3,8 +3,7 @@
 from ml_collections import ConfigDict
 
 from vmapbn_flax import networks
-from vmapbn_flax.config import restore_config, validate
-from vmapbn_flax.defaults import default_config
+from vmapbn_flax.config import validate
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs.checkpoints import restore, saved_steps
 from vmapbn_flax.runs.workdir import Workdir
@@ -23,13 +22,15 @@ def load_config(workdir: Workdir, network: str | None = None) -> ConfigDict:
       UsageError: `network` is missing, or another one.
     """
     workdir.refuse_sweep()
-    config = restore_config(default_config(), workdir.read_config(), str(workdir.config))
-    if network is not None:
-        if network != (found := networks.displayed(config.model.name)):
-            raise UsageError(f"--network={network}: got a run of the network {found}; expected that name or none")
-        config.model.name = network
-    networks.refuse_untrusted(config.model.name)
+    saved = workdir.read_config()
+    model = saved["model"] if isinstance(saved.get("model"), dict) else {}
+    found = str(model.get("name", ""))
+    if network is None:
+        networks.refuse_untrusted(networks.untrusted(found))
+    elif network != found:
+        raise UsageError(f"--network={network}: got a run of the network {found}; expected that name or none")
     try:
+        config = ConfigDict(saved)
         validate(config)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
         raise RunError(
