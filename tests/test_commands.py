@@ -116,6 +116,7 @@ def test_commands_run(page, clone, capsys):
 
 
 @pytest.mark.parametrize("text", [text for texts in TO_RUN.values() for text in texts if LOOP.match(text)])
+@pytest.mark.slow
 def test_processes_run(text, clone):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]

@@ -168,6 +168,7 @@ def is_trained(workdir):
     return TOTAL in saved_steps(workdir / "checkpoints")
 
 
+@pytest.mark.slow
 def test_killed_at_random(run, undisturbed):
     phases = torment(run, undisturbed, random.Random(SEED), kills=6)
     assert phases.total() >= 6

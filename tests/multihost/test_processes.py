@@ -243,9 +243,9 @@ NO_ROOM = "metrics.jsonl: got No space left on device"
     [
         ("damaged_record", 0, (STREAMED,), 2, changes.DAMAGED),
         ("damaged_record", 1, (STREAMED,), 2, changes.DAMAGED),
-        ("bug", 0, (), 1, "ZeroDivisionError: a bug"),
+        pytest.param("bug", 0, (), 1, "ZeroDivisionError: a bug", marks=pytest.mark.slow),
         ("bug", 1, (), 1, "ZeroDivisionError: a bug"),
-        ("full_disk", 0, (), 1, NO_ROOM),
+        pytest.param("full_disk", 0, (), 1, NO_ROOM, marks=pytest.mark.slow),
         ("failing_save", 0, (), 1, "got a checkpoint that could not be saved"),
         ("failing_directory", 0, (), 1, "got a checkpoint that could not be saved"),
     ],
@@ -381,6 +381,7 @@ def test_members_are_saved_where_they_lie(two_sweeping, program, tmp_path):
                 np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=leaf)
 
 
+@pytest.mark.slow
 def test_a_group_that_fails(two_sweeping):
     """Something else is in the place of its checkpoints; the others, of one member each, are trained."""
     two = two_sweeping

@@ -119,7 +119,7 @@ def test_masked_examples_disturb_nothing(name):
         assert_close((evaluated[mask], logits[mask], *rest), want)
 
 
-@pytest.mark.parametrize("name", ["resnet", "imagenet"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("imagenet", marks=pytest.mark.slow)])
 def test_padded_images_are_the_images(name):
     """The larger size is even where the smaller one is odd: a stride has to start at the same position in both."""
     one = TWINS[name][0]

@@ -122,7 +122,6 @@ def test_the_same_images_alone_and_in_a_sweep():
 def test_the_same_images_on_many_devices():
     sgd = {"optimizer__name": "sgd", "data__augment": ALL}
     (alone,) = trained(make(small.config(**sgd)), [(0, 5)])
-    for limit in (0, 2**30):
-        config = small.config(**sgd, mesh__data=3, mesh__replicate_limit=limit)
-        (split,) = trained(make(config, devices=mesh.solo_mesh(config.mesh)), [(0, 5)])
-        small.assert_close(split.params, alone.params)
+    config = small.config(**sgd, mesh__data=3, mesh__replicate_limit=0)
+    (split,) = trained(make(config, devices=mesh.solo_mesh(config.mesh)), [(0, 5)])
+    small.assert_close(split.params, alone.params)

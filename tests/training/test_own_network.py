@@ -73,7 +73,7 @@ def test_the_same_bits_in_parts_and_streamed():
     streamed.close()
 
 
-@pytest.mark.parametrize("limit", [0, 2**30])
+@pytest.mark.parametrize("limit", [0, pytest.param(2**30, marks=pytest.mark.slow)])
 def test_on_many_devices(limit):
     """A batch of 16 over 3 devices, which hold all images or a share of each."""
     split = config(mesh__data=3, mesh__replicate_limit=limit)
