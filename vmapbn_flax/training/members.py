@@ -181,10 +181,10 @@ def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
         return state, network.apply(variables, inputs, train=False, capture_intermediates=True)
 
     state, outputs = jax.eval_shape(state_and_outputs, make_hyperparameters(config, 1))
-    # Each output comes with its activation and its cotangent.
-    activations = 4 * math.prod(shape) + 3 * _nbytes(outputs)
-    examples = max(config.train.batch_size, config.train.eval_batch_size)
-    return 2 * _nbytes(state) + examples * activations + 4 * len(dataset.train)
+    image, outputs = 4 * math.prod(shape), _nbytes(outputs)
+    # In training, each output comes with its activation and its cotangent.
+    activations = max(config.train.batch_size * (image + 3 * outputs), config.train.eval_batch_size * (image + outputs))
+    return 2 * _nbytes(state) + activations + 4 * len(dataset.train)
 
 
 def _nbytes(tree: PyTree) -> int:
