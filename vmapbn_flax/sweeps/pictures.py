@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from vmapbn_flax.runs.pictures import PERCENT, STYLES, scale_accuracy, write_picture
 from vmapbn_flax.sweeps.results import SELECTION, Setting
@@ -68,6 +69,9 @@ def _draw_values(axes: Any, name: str, settings: Sequence[Setting], colours: Any
         axes.margins(x=0.2)
     elif values[0] > 0 and values[-1] / values[0] >= 10:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if len(values) <= _LABELLED:
+            axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.set(xlabel=name.rpartition(".")[2].replace("_", " "), ylabel="validation accuracy")
     axes.yaxis.set_major_formatter(PERCENT)
 
