@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from vmapbn_flax.nn.batch_norm import BatchNorm, batch_moments
+from vmapbn_flax.nn.batch_norm import BatchNorm
+from vmapbn_flax.nn.moments import batch_moments
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
 from vmapbn_flax.training.network import in_compute_dtype, make_network, to_inputs

@@ -1,0 +1,82 @@
+"""Mean and variance over a batch that is spread over positions and named axes.
+
+The statistics are those of Chan, Golub & LeVeque (1983), eq. 1.7: two passes and a correction term,
+
+    d = x - mean(x);  c = mean(d);  var = mean(d * d) - c * c;  y = (d - c) / sqrt(var + epsilon)
+
+`c` is the rounding error of the first mean. With this correction the result stays exact however far the
+data lies from zero; the one-pass formula E[x^2] - E[x]^2 loses every digit there. The square of a complex number is
+here that of its modulus, so that a variance is real.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Inexact
+
+
+class Moments(NamedTuple):
+    """Batch statistics, and the input minus its mean."""
+
+    centred: Inexact[Array, "*positions features"]
+    mean: Inexact[Array, " features"]
+    var: Float[Array, " features"]  # biased: divided by `count`
+    weight: Float[Array, ""] | int  # behind each mean: examples x positions, or the sum of the weights
+
+
+def batch_moments(
+    x: Inexact[Array, "*positions features"],
+    weights: Float[Array, "*positions 1"] | None,
+    axis_name: tuple[str, ...],
+    use_fast_variance: bool,
+) -> Moments:
+    """Mean and variance of each feature over all positions of `x` and over the axes `axis_name`.
+
+    Takes two reductions across `axis_name`, or one with `use_fast_variance`. `weights=None` gives every
+    position the weight one. Values of weight zero are ignored, NaN included.
+    """
+    positions = tuple(range(x.ndim - 1))
+
+    def total(*terms: Array) -> list[Array]:
+        return lax.psum([jnp.sum(term, positions) for term in terms], axis_name)
+
+    if weights is None:
+        present, weight = None, 1.0
+        count = divisor = math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name))
+        first = total(x, _square(x)) if use_fast_variance else total(x)
+    else:
+        present, weight = weights > 0, weights
+        x = jnp.where(present, x, 0)
+        weighted = weights * x
+        *first, count = total(weighted, *([weights * _square(x)] if use_fast_variance else []), weights)
+        count = jnp.squeeze(count, 0)
+        divisor = jnp.where(count > 0, count, 1)
+
+    mean = first[0] / divisor
+    if use_fast_variance:
+        var = first[1] / divisor - _square(mean)
+    else:
+        # Neither y nor var changes when every x is shifted by the same amount. So differentiation, of any order,
+        # may treat the first mean as a constant, which saves a reduction in the backward pass.
+        # A compiler may fuse mean = sum * (1 / n) with x - mean in one use of d and not in another, which would
+        # centre the two uses by different roundings of the mean. It cannot fuse through a rounding to one bit less.
+        mean = _round(lax.stop_gradient(mean))
+    d = x - mean if present is None else jnp.where(present, x - mean, 0)
+    if not use_fast_variance:
+        c, var = (sum_ / divisor for sum_ in total(weight * d, weight * _square(d)))
+        mean, d, var = mean + c, d - c, var - _square(c)
+    return Moments(d, mean, jnp.where(var < 0, 0, var), count)
+
+
+def _square(x: Array) -> Array:
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+def _round(x: Array) -> Array:
+    """`x` to one bit less than its type has."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(_round(x.real), _round(x.imag))
+    precision = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, precision.nexp, precision.nmant - 1)
