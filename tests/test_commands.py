@@ -106,7 +106,11 @@ def shortened(argv):
     return [*argv, small, NO_WARMUP, f"--config.train.num_epochs={config.train.num_epochs / 1000}", *devices]
 
 
-@pytest.mark.parametrize("page", TO_RUN)
+def quick(page):
+    return page if page in ("README.md", "docs/index.md") else pytest.param(page, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", map(quick, TO_RUN))
 def test_commands_run(page, clone, capsys):
     """In the order of the page, one after another."""
     for text in TO_RUN[page]:

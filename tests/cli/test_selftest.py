@@ -67,6 +67,7 @@ def test_stopped_and_resumed(real, programs):
     assert 10 <= step < 47
 
 
+@pytest.mark.slow
 def test_a_resume_that_is_perturbed(real, programs, monkeypatch):
     """By one bit of one weight, of a pixel that is black in every image, and by one digit of one row."""
 

@@ -200,6 +200,7 @@ def at_length(run, undisturbed, kills):
     print(f"\n{phases.total()} kills, seed {SEED + 1}, {time.monotonic() - started:.0f} s: {dict(phases)}")
 
 
+@pytest.mark.slow
 def test_train_py(tmp_path):
     """The real program on the real data: killed at its first words, interrupted later, killed while it imports."""
     command = [sys.executable, "train.py", "--config=configs/tiny.py"]

@@ -139,6 +139,7 @@ def test_same_numbers_as_one_process(together, alone):
     assert outcome(together.workdir)["config.json"] == outcome(alone)["config.json"]
 
 
+@pytest.mark.slow
 def test_streamed_data(two, alone):
     """Each process reads its share; a signal stops them in the midst of it, and both go on."""
     streamed = "--config.data.memory_limit=1e-9"
@@ -242,11 +243,11 @@ NO_ROOM = "metrics.jsonl: got No space left on device"
     ("name", "process", "flags", "status", "message"),
     [
         ("damaged_record", 0, (STREAMED,), 2, changes.DAMAGED),
-        ("damaged_record", 1, (STREAMED,), 2, changes.DAMAGED),
+        pytest.param("damaged_record", 1, (STREAMED,), 2, changes.DAMAGED, marks=pytest.mark.slow),
         pytest.param("bug", 0, (), 1, "ZeroDivisionError: a bug", marks=pytest.mark.slow),
         ("bug", 1, (), 1, "ZeroDivisionError: a bug"),
         pytest.param("full_disk", 0, (), 1, NO_ROOM, marks=pytest.mark.slow),
-        ("failing_save", 0, (), 1, "got a checkpoint that could not be saved"),
+        pytest.param("failing_save", 0, (), 1, "got a checkpoint that could not be saved", marks=pytest.mark.slow),
         ("failing_directory", 0, (), 1, "got a checkpoint that could not be saved"),
     ],
 )
@@ -326,6 +327,7 @@ def ledger(workdir):
     return json.loads((workdir / "sweep.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_sweep(two_sweeping, program, tmp_path):
     """Its members lie over both processes; one dies, one process continues, and then two, until a signal and again."""
     two, log = two_sweeping, tmp_path / "log"

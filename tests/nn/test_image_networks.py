@@ -76,7 +76,14 @@ def assert_close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("name", "masked"), [("conv", False), ("conv", True), ("resnet", False), ("resnet", True), ("imagenet", True)]
+    ("name", "masked"),
+    [
+        ("conv", False),
+        ("conv", True),
+        ("resnet", False),
+        ("resnet", True),
+        pytest.param("imagenet", True, marks=pytest.mark.slow),
+    ],
 )
 def test_twins(name, masked):
     one, batched = TWINS[name]
@@ -106,7 +113,7 @@ def test_conv_net_against_flax():
 # Masks, padding and ghost batches.
 
 
-@pytest.mark.parametrize("name", ["conv", "resnet"])
+@pytest.mark.parametrize("name", ["conv", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_masked_examples_disturb_nothing(name):
     one, batched = TWINS[name]
     x, mask = normal(6, *SHAPE), np.array([1, 0, 1, 1, 0, 1], bool)

@@ -115,6 +115,7 @@ def test_streamed_is_in_memory_bit_for_bit(finished):
     assert not (finished / "streamed_cache").exists()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_with_other_limits(train, at_step, workdir, finished):
     for step, limit in ((4, STREAMED), (11, "--config.data.memory_limit=1.0")):
         at_step(step, lambda: signal.raise_signal(signal.SIGTERM))

@@ -450,6 +450,7 @@ def test_group_of_which_all_diverge_ends(tmp_path):
     assert not any((tmp_path / "sweep" / "groups").glob("*"))
 
 
+@pytest.mark.slow
 def test_more_members_than_files_may_be_open(tmp_path):
     """Of forty members, as of two thousand where a process may have 256 open files."""
     limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(list(Path("/proc/self/fd").iterdir()))

@@ -110,6 +110,7 @@ def test_the_same_bits_in_parts_and_streamed():
     small.assert_same_bits(read, whole)
 
 
+@pytest.mark.slow
 def test_the_same_images_alone_and_in_a_sweep():
     """Members of other seeds have other images; the bits of a member are its group's, so that they are only close."""
     sgd = {"optimizer__name": "sgd", "data__augment": ALL}
