@@ -284,10 +284,8 @@ def swept(**changes):
     return devices.shape, list(zip(programs.split(state), programs.measure(state), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("member", "data", "limit"),
-    [pytest.param(2, 2, 2**30, marks=pytest.mark.slow), pytest.param(3, 2, 0, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("member", "data", "limit"), [(2, 2, 2**30), (3, 2, 0)])
 def test_sweep_over_members_and_data(member, data, limit):
     """Three members, which two devices do not divide; data of which each device holds all, or a share."""
     shape, results = swept(mesh__member=member, mesh__data=data, mesh__replicate_limit=limit)
