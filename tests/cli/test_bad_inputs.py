@@ -210,8 +210,8 @@ MORE = {
     "train: text in an index": (["train", CONFIG, "--config.model.hidden[x]=1"], 2, "indices"),
     "train: two configs": (["train", CONFIG, "--config=configs/none.py"], 2, "configs/none.py"),
     "train: a config in a directory": (["train", "--config=configs/"], 2, "configs"),
-    "train: a picture for a config": (["train", "--config={run}/accuracy.png"], 2, "null bytes"),
-    "train: JSON for a config": (["train", "--config={run}/config.json"], 2, "'false' is not defined"),
+    "train: a picture for a config": (["train", "--config={run}/accuracy.png"], 2, "not Python"),
+    "train: JSON for a config": (["train", "--config={run}/config.json"], 2, "expected one that ends in .py"),
 }
 
 

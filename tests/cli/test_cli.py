@@ -130,7 +130,7 @@ COMMANDS = {
     "empty --config": (["train", "--config="], "got a config file that cannot be read"),
     "--config without a value": (["train", "--config"], "Missing value for flag --config"),
     "missing config file": (["train", "--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
-    "directory as a config file": (["train", "--config=configs"], "Is a directory: 'configs'"),
+    "directory as a config file": (["train", "--config=configs"], "got a file that is not Python"),
     "text as a config file": (["train", "--config=LICENSE"], "LICENSE"),
     "argument for a config without": (["train", f"{TINY}:3"], r"get_config\(\) takes 0 positional arguments but 1"),
     "saved config without a workdir": (["train", "--config=configs/saved.py"], "missing 1 required .* 'workdir'"),

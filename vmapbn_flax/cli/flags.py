@@ -44,6 +44,17 @@ def _read_file(arguments: Sequence[str]) -> tuple[ConfigDict, str, list[str]]:
     """The config of the file that `--config` names, that name, and the other arguments."""
     values = flags.FlagValues()
     values.set_gnu_getopt()
+    flags.DEFINE_string("config", None, "the config file", flag_values=values)
+    values([_PROGRAM, *arguments], known_only=True)
+    file = (values["config"].value or "").partition(":")[0]
+    if file and Path(file).suffix != ".py":  # the file is run, and a workdir's must not be
+        raise UsageError(
+            f"--config={file}: got a file that is not Python, expected one that ends in .py and has a get_config(). "
+            f"For the config of an earlier run write --config=configs/saved.py:{Path(file).parent}"
+        )
+
+    values = flags.FlagValues()
+    values.set_gnu_getopt()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[_PROGRAM])
     rest = values([_PROGRAM, *arguments], known_only=True)[1:]
     config = values["config"].value
