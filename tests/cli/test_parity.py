@@ -76,6 +76,7 @@ def test_trees_of_other_shapes_do_not_compare():
         compare("", tree(1, 2), tree(1), 1.0)
 
 
+@pytest.mark.slow
 def test_real_mnist():
     """100 steps: each step's loss within 1e-4, and evaluations the same."""
     compared, built = {}, set()

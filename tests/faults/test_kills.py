@@ -94,6 +94,7 @@ def test_sweep_killed_once_in_each_phase(sweep, undisturbed_sweep):
     check(sweep, undisturbed_sweep)
 
 
+@pytest.mark.slow
 def test_extension_killed_once_in_each_phase(sweep, extension, undisturbed_extension):
     """Of a sweep that was killed itself."""
     assert sweep.finish(name="vmapbn_flax.runs.record:Record.finish", call=2) == -signal.SIGKILL

@@ -78,9 +78,9 @@ def assert_close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize(
     ("name", "masked"),
     [
-        ("conv", False),
+        pytest.param("conv", False, marks=pytest.mark.slow),
         ("conv", True),
-        ("resnet", False),
+        pytest.param("resnet", False, marks=pytest.mark.slow),
         ("resnet", True),
         pytest.param("imagenet", True, marks=pytest.mark.slow),
     ],

@@ -41,7 +41,7 @@ def work(process, port, count, output):
     jax.distributed.shutdown()
 
 
-@pytest.fixture(scope="module", params=[3, 1])
+@pytest.fixture(scope="module", params=[3, pytest.param(1, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     """How many members there are, and what each process found."""
     with socket.socket() as free:
