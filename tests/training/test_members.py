@@ -8,8 +8,8 @@ import pytest
 
 from tests.helpers import small
 from vmapbn_flax.training import mesh
-from vmapbn_flax.training.metrics import compute
-from vmapbn_flax.training.programs import Programs, figures
+from vmapbn_flax.training.metrics import compute, figures
+from vmapbn_flax.training.programs import Programs
 
 RATES = (0.01, 0.03, 0.1)
 SGD = {"optimizer__name": "sgd", "optimizer__warmup_epochs": 1.0}

@@ -22,7 +22,8 @@ from vmapbn_flax.runs.console import Progress
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.timing import Timing
 from vmapbn_flax.training.hyperparameters import steps_in
-from vmapbn_flax.training.programs import Programs, figures
+from vmapbn_flax.training.metrics import figures
+from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.state import TrainState, named_leaves
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device

@@ -55,3 +55,12 @@ def in_compute_dtype(model: ConfigDict, params: PyTree) -> PyTree:
         return leaf.astype(model.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return params if model.dtype == "float32" else jax.tree.map(cast, params)
+
+
+def has_convolutions(params: PyTree) -> bool:
+    """Whether a parameter has more axes than a matrix.
+
+    XLA's compiler for CPUs runs the gradients of convolutions ten times slower inside a loop than outside: it turns
+    them into a fast form only outside (jax-ml/jax#12868). Such networks are trained by one call a step.
+    """
+    return any(leaf.ndim > 2 for leaf in jax.tree.leaves(params))

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from vmapbn_flax.training.compiler import Compiler, Program
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
-from vmapbn_flax.training.metrics import EvalMetrics, compute
+from vmapbn_flax.training.metrics import EvalMetrics, figures
+from vmapbn_flax.training.network import has_convolutions
 from vmapbn_flax.training.optimizer import learning_rate
 from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
@@ -112,7 +113,9 @@ class Programs:
         make, over = partial(Program, sharding=self._sharding), self._members.map
         training = (_STATE, _HYPER, _ORDER)
         self._by_step = (
-            jax.default_backend() == "cpu" and (self.count == 1 or self.layout.count == 1) and self._has_convolutions()
+            jax.default_backend() == "cpu"
+            and (self.count == 1 or self.layout.count == 1)
+            and has_convolutions(self._shapes.params)
         )
         if self._by_step:
             train = self._members.one_at_a_time(steps.make_one_step(train_step, take_batch), training)
@@ -128,14 +131,6 @@ class Programs:
         self._population = make("population", over(population, _VARIABLES))
         self._copy = make("copy", lambda state: jax.tree.map(jnp.copy, state), optimise=False)
         self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
-
-    def _has_convolutions(self) -> bool:
-        """Whether a parameter has more axes than a matrix.
-
-        XLA's compiler for CPUs runs the gradients of convolutions ten times slower inside a loop than outside: it turns
-        them into a fast form only outside (jax-ml/jax#12868). They are trained by one call a step.
-        """
-        return any(leaf.ndim > 2 for leaf in jax.tree.leaves(self._shapes.params))
 
     @functools.cached_property
     def _shapes(self) -> TrainState:
@@ -287,12 +282,3 @@ class Programs:
         """Ends the thread that reads streamed data; further training starts it again."""
         if self._stream:
             self._stream.close()
-
-
-def figures(measured: Mapping[str, EvalMetrics]) -> dict[str, float]:
-    """Loss, accuracy and number of examples of each split."""
-    results: dict[str, float] = {}
-    for name, metrics in measured.items():
-        results |= {f"{name}_{key}": value for key, value in compute(metrics).items()}
-        results[f"{name}_count"] = int(metrics.loss.count)
-    return results
