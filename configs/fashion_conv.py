@@ -1,4 +1,6 @@
-"""The network of conv.py on Fashion-MNIST: four files of MNIST's format, in data.dir.
+"""The network of conv.py on Fashion-MNIST, four files of MNIST's format: 92.66 % of the test images (seed 0).
+
+Six minutes on two cores.
 
 python train.py --config=configs/fashion_conv.py --config.data.dir=fashion_mnist
 """
