@@ -1,6 +1,7 @@
 """Checkpoints: orbax saves and restores them, and SHA-256 sums of their files show damage."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -112,6 +113,7 @@ class Checkpoints:
             ) from error
 
 
+@functools.cache  # a sweep asks for each checkpoint of each member, and reading them takes a third of a save
 def versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic and file formats a run depends on."""
     return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")}
