@@ -15,7 +15,10 @@ CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 RUN = ["README.md", "docs/data.md", "docs/equinox.md", "docs/story.md", "docs/your-network.md"]
-PROSE = ["docs/architecture.md", "docs/changelog.md", "docs/exactness.md", "docs/reference.md", "docs/speed.md"]
+PROSE = [
+    *("docs/architecture.md", "docs/changelog.md", "docs/exactness.md", "docs/gpu.md", "docs/reference.md"),
+    "docs/speed.md",
+]
 
 
 def test_every_page_has_code_that_runs_or_is_listed():
