@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ResNet,
         VmapBatch,
     )
+    from vmapbn_flax.runs.trained import load_run
 
     __version__: str
 
@@ -33,6 +34,7 @@ __all__ = [
     "ResNet",
     "VmapBatch",
     "default_config",
+    "load_run",
 ]
 
 
@@ -42,6 +44,10 @@ def __getattr__(name: str) -> object:
         from vmapbn_flax.defaults import default_config
 
         return default_config
+    if name == "load_run":
+        from vmapbn_flax.runs.trained import load_run
+
+        return load_run
     if name in __all__:
         from vmapbn_flax import nn
 
