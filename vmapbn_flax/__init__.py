@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ConvNet,
         ResNet,
         VmapBatch,
+        fold,
     )
 
     __version__: str
@@ -33,6 +34,7 @@ __all__ = [
     "ResNet",
     "VmapBatch",
     "default_config",
+    "fold",
 ]
 
 
