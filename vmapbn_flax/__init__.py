@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         VmapBatch,
         fold,
     )
+    from vmapbn_flax.runs.trained import load_run
 
     __version__: str
 
@@ -35,6 +36,7 @@ __all__ = [
     "VmapBatch",
     "default_config",
     "fold",
+    "load_run",
 ]
 
 
@@ -44,6 +46,10 @@ def __getattr__(name: str) -> object:
         from vmapbn_flax.defaults import default_config
 
         return default_config
+    if name == "load_run":
+        from vmapbn_flax.runs.trained import load_run
+
+        return load_run
     if name in __all__:
         from vmapbn_flax import nn
 
