@@ -25,6 +25,11 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _step(text: str) -> int | str:
+    """A step, or its name, which `load_run` checks."""
+    return int(text) if text.isdecimal() else text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.format_usage()}")
@@ -90,6 +95,27 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("workdir", **workdir)
     command.add_argument("--step", **step)
     command.add_argument("--network", **network)
+
+    for name, summary, more in (
+        ("export", "write a trained network for other programs", "Takes the best checkpoint."),
+        (
+            "fold",
+            "export a network without its batch norms",
+            "They move into the layers before them, and the predictions stay the same. Takes the best checkpoint.",
+        ),
+    ):
+        command = add(name, summary, more)
+        command.add_argument("workdir", **workdir)
+        command.add_argument(
+            "-o",
+            "--output",
+            type=_path,
+            required=True,
+            metavar="FILE",
+            help="a file that ends in .stablehlo (for JAX), .safetensors (variables), .pt (PyTorch) or .onnx",
+        )
+        command.add_argument("--step", type=_step, help="of the checkpoint, or best or latest; default: best")
+        command.add_argument("--network", **network)
 
     add(
         "parity",
