@@ -76,8 +76,10 @@ def require_writable(path: Path) -> None:
 
 
 def _stablehlo(run: TrainedRun) -> tuple[bytes, str]:
+    variables = jax.device_put(run.variables)
+
     def probabilities(images: UInt8[Array, "batch height width *channels"]) -> Float32[Array, "batch classes"]:
-        return run.probabilities(run.variables, images.astype(jnp.float32) / 255)
+        return run.probabilities(variables, images.astype(jnp.float32) / 255)
 
     shape = jax_export.symbolic_shape(", ".join(["batch", *map(str, run.image_shape)]))
     images = jax.ShapeDtypeStruct(shape, jnp.uint8)

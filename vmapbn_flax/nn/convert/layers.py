@@ -38,10 +38,10 @@ def join(linear: list[Layer], norm: list[Layer]) -> dict[str, Any]:
         )
     params, statistics = {}, {}
     names = [*(f"{kinds[axes]}_{i}" for i, axes in enumerate(hidden)), "logits"]
-    width = None
+    width: int | None = None
     for i, (name, layer) in enumerate(zip(names, linear, strict=True)):
         *window, inputs, outputs = layer["kernel"].shape
-        if name == "logits" and 4 in hidden and inputs % width == 0:
+        if name == "logits" and 4 in hidden and width and inputs % width == 0:
             layer = {**layer, "kernel": _channels_last(layer["kernel"], width)}
         elif width not in (None, inputs):
             raise ValueError(f"got {inputs} inputs of {name}; expected {width}, as before it.")

@@ -1,9 +1,8 @@
 """Conversion to ONNX, for evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 
 from vmapbn_flax.nn.conv_net import ConvNet
@@ -16,7 +15,7 @@ _OPSET, _IR_VERSION = 17, 8
 Params = Mapping[str, Any]
 
 
-def to_onnx(network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, ...]) -> Any:
+def to_onnx(network: Any, variables: Mapping[str, Any], image_shape: tuple[int, ...]) -> Any:
     """An ONNX model that computes the probabilities of `network`, which has no batch norms.
 
     Its input `images` is a batch in uint8, `(batch, *image_shape)`, its output `probabilities` is `(batch, classes)`.
@@ -32,7 +31,7 @@ def to_onnx(network: nn.Module, variables: Mapping[str, Any], image_shape: tuple
     Raises:
       ValueError: another network, or one with batch norms.
     """
-    writers = {MLP: _mlp, ConvNet: _conv_net, ResNet: _resnet}
+    writers: dict[type, Callable[..., str]] = {MLP: _mlp, ConvNet: _conv_net, ResNet: _resnet}
     if type(network) not in writers or variables.get("batch_stats"):
         raise ValueError(
             f"{type(network).__name__}: got a network that has no form for ONNX; expected one of "
@@ -81,8 +80,9 @@ class _Graph:
 
     def conv(self, x: str, layer: Params, stride: int = 1) -> str:
         kernel = np.transpose(layer["kernel"], (3, 2, 0, 1))  # (out, in, height, width)
-        attributes = {"strides": [stride, stride], "pads": [kernel.shape[-1] // 2] * 4}
-        return self.add("Conv", x, self.constant(kernel), self.constant(layer["bias"]), **attributes)
+        pads = [kernel.shape[-1] // 2] * 4
+        inputs = (x, self.constant(kernel), self.constant(layer["bias"]))
+        return self.add("Conv", *inputs, strides=[stride, stride], pads=pads)
 
     def channels_first(self, images: str, image_shape: tuple[int, ...]) -> str:
         if len(image_shape) == 3:

@@ -16,6 +16,8 @@ _LINEAR = {"weight": "kernel", "bias": "bias"}  # or without the bias
 _STATISTICS = {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
 _NORM = {"weight": "scale", "bias": "bias", **_STATISTICS}
 
+_Made = tuple[str, tuple[int, ...], dict[str, Any]]  # the class of a layer, its sizes and its keywords
+
 
 def from_torch(state_dict: Mapping[str, Any], *, cumulative: bool = False) -> dict[str, Any]:
     """Variables of `MLP` or `ConvNet` from the state dict of a PyTorch network.
@@ -102,12 +104,12 @@ def make_torch(network: nn.Module, variables: Variables) -> tuple[Any, str]:
     return sequential.eval(), "\n".join(["nn.Sequential(", *lines, ")"])
 
 
-def _sequential(network: nn.Module, variables: Variables) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
-    """The classes of the layers, and what they are called with."""
+def _sequential(network: Any, variables: Variables) -> list[_Made]:
+    """The layers of `make_torch`, in order."""
     linear, norms = split(variables)
     convolutional = isinstance(network, ConvNet)
-    between: list[Any] = [("MaxPool2d", (2,), {}), ("ReLU", (), {})] if convolutional else [("Sigmoid", (), {})]
-    hidden: list[Any] = []
+    between: list[_Made] = [("MaxPool2d", (2,), {}), ("ReLU", (), {})] if convolutional else [("Sigmoid", (), {})]
+    hidden: list[_Made] = []
     for i, layer in enumerate(linear[:-1]):
         *_, inputs, outputs = layer["kernel"].shape
         bias = {"bias": "bias" in layer}
@@ -122,8 +124,9 @@ def _sequential(network: nn.Module, variables: Variables) -> list[tuple[str, tup
             named = {"eps": float(norm.epsilon), "momentum": momentum, "affine": "scale" in norms[i]}
             hidden.append((f"BatchNorm{2 if convolutional else 1}d", (outputs,), named))
         hidden += between
-    flatten, logits = ("Flatten", (), {}), ("Linear", linear[-1]["kernel"].shape, {})
-    return [*hidden, flatten, logits] if convolutional else [flatten, *hidden, logits]
+    flatten: list[_Made] = [("Flatten", (), {})]
+    logits: _Made = ("Linear", linear[-1]["kernel"].shape, {})
+    return [*hidden, *flatten, logits] if convolutional else [*flatten, *hidden, logits]
 
 
 def _layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, str]]:
