@@ -26,8 +26,13 @@ def _path(text: str) -> Path:
 
 
 def _step(text: str) -> int | str:
-    """A step, or its name, which `load_run` checks."""
-    return int(text) if text.isdecimal() else text
+    return text if text in ("best", "latest") else int(text)
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,6 +83,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     workdir: dict[str, Any] = {"type": _path, "metavar": "workdir", "help": "of a run, such as runs/vmap_bn"}
     step: dict[str, Any] = {"type": int, "help": "of the checkpoint; default: the newest"}
+    choice: dict[str, Any] = {
+        "type": _step,
+        "help": "of the checkpoint, or best, or latest; default: the best that was evaluated",
+    }
     network: dict[str, Any] = {
         "metavar": "MODULE:CLASS",
         "help": "the run's network, if it is a module of your own: a workdir cannot have code imported",
@@ -96,12 +105,29 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--step", **step)
     command.add_argument("--network", **network)
 
+    command = add(
+        "predict",
+        "name the classes of images",
+        "Takes PNG and JPEG files, folders of them, and arrays in .npy and .npz files. Images of another size\n"
+        "or mode are converted, and it says so. Exits with 1 if a file cannot be read.",
+    )
+    command.add_argument("workdir", **workdir)
+    command.add_argument("images", nargs="+", type=_path, metavar="image", help="a file or a folder")
+    command.add_argument("--step", **choice)
+    command.add_argument("--network", **network)
+    command.add_argument("--top", type=_count, default=3, metavar="N", help="how many classes to show; default: 3")
+    command.add_argument("--csv", type=_path, metavar="FILE", help="writes the probabilities of all classes")
+    command.add_argument("--strict", action="store_true", help="refuses images that would have to be converted")
+    command.add_argument(
+        "--invert", action="store_true", help="exchanges dark and bright, as for ink on paper where chalk was learned"
+    )
+
     for name, summary, more in (
-        ("export", "write a trained network for other programs", "Takes the best checkpoint."),
+        ("export", "write a trained network for other programs", ""),
         (
             "fold",
             "export a network without its batch norms",
-            "They move into the layers before them, and the predictions stay the same. Takes the best checkpoint.",
+            "They move into the layers before them, and the predictions stay the same.",
         ),
     ):
         command = add(name, summary, more)
@@ -114,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help="a file that ends in .stablehlo (for JAX), .safetensors (variables), .pt (PyTorch) or .onnx",
         )
-        command.add_argument("--step", type=_step, help="of the checkpoint, or best or latest; default: best")
+        command.add_argument("--step", **choice)
         command.add_argument("--network", **network)
 
     add(

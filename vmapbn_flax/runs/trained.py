@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from vmapbn_flax.runs.inputs import require_images
 from vmapbn_flax.runs.loading import find_step, load_config
 from vmapbn_flax.runs.selection import best_row
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.training.compiler import Compiler, Program
 from vmapbn_flax.training.network import as_inputs, in_compute_dtype
 
-_BATCH = 64  # images that the compiled program takes
+_BATCH = 32  # images that the compiled program takes
 _LARGEST_IMAGE = 10**8  # bytes
 
 
@@ -44,6 +43,7 @@ class TrainedRun:
       config: of the run.
       image_shape: of one image: `(height, width)` when grey, otherwise `(height, width, channels)`.
       class_names: a name for each class; the digits where the data set has no names.
+      border: the mean of the outermost pixels of training images, from 0 to 1: whether they are dark or bright around.
       figures: of the evaluation at `step`, such as `test_accuracy`; empty if there was none.
     """
 
@@ -54,6 +54,7 @@ class TrainedRun:
     config: ConfigDict = dataclasses.field(repr=False)
     image_shape: tuple[int, ...]
     class_names: tuple[str, ...]
+    border: float
     figures: Mapping[str, float | None]
 
     def predict(self, images: Any) -> Float32[np.ndarray, "*images classes"]:
@@ -73,18 +74,16 @@ class TrainedRun:
         found = np.empty((len(batch), len(self.class_names)), np.float32)
         for start in range(0, len(batch), _BATCH):
             part = batch[start : start + _BATCH]
-            floats = np.zeros((_BATCH, *self.image_shape), np.float32)
-            floats[: len(part)] = part
+            padded = np.zeros((_BATCH, *self.image_shape), np.float32)
+            padded[: len(part)] = part
             if part.dtype == np.uint8:
-                floats /= 255
-            found[start : start + _BATCH] = self._predict_batch(floats)[: len(part)]
+                padded /= 255
+            found[start : start + _BATCH] = self._predict_batch(padded)[: len(part)]
         return found if images.ndim > len(self.image_shape) else found[0]
 
     @functools.cached_property
-    def _predict_batch(self) -> Any:
-        compiler, program = Compiler(), Program("predict", self.probabilities)
-        variables = jax.device_put(self.variables)
-        return lambda floats: np.asarray(compiler.call(program, variables, floats))
+    def _predict_batch(self) -> Callable[[Array | np.ndarray], Array]:
+        return functools.partial(jax.jit(self.probabilities), jax.device_put(self.variables))
 
     def probabilities(
         self, variables: dict[str, PyTree], images: Float[Array, "batch height width *channels"]
@@ -141,7 +140,7 @@ def load_run(
     made: dict[str, Any] = {}
 
     def make_template(meta: Meta) -> dict[str, PyTree]:
-        made["image_shape"], made["class_names"] = _read_data(meta, found)
+        made.update(_read_data(meta, found))
         num_classes = len(made["class_names"])
         made["network"] = _make_network(network, config.model, num_classes)
         return _template(made["network"], made["image_shape"], num_classes)
@@ -165,10 +164,11 @@ def _choose_step(workdir: Workdir, step: int | str | None, config: ConfigDict) -
     return find_step(workdir.checkpoints, step)
 
 
-def _read_data(meta: Meta, workdir: Workdir) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The shape of an image and the names of the classes, from what is saved beside a state."""
+def _read_data(meta: Meta, workdir: Workdir) -> dict[str, Any]:
+    """What is saved beside a state about the data: see `Dataset.described`."""
     try:
-        shape, names = tuple(meta["data"]["image_shape"]), tuple(meta["data"]["class_names"])
+        data = meta["data"]
+        shape, names, border = tuple(data["image_shape"]), tuple(data["class_names"]), float(data["border"])
         sizes = len(shape) in (2, 3) and all(type(size) is int and size > 0 for size in shape)
         if not (sizes and math.prod(shape) <= _LARGEST_IMAGE and names and all(type(name) is str for name in names)):
             raise ValueError("no shape of an image, or no names of classes")
@@ -177,7 +177,7 @@ def _read_data(meta: Meta, workdir: Workdir) -> tuple[tuple[int, ...], tuple[str
             f"{workdir.checkpoints}: got a checkpoint that does not say the shape of its images and their classes, as "
             f"earlier versions wrote; expected one that does. Train again, or load what `refresh` makes of it."
         ) from None
-    return shape, names
+    return {"image_shape": shape, "class_names": names, "border": border}
 
 
 def _make_network(network: str | type[nn.Module] | None, model: ConfigDict, num_classes: int) -> nn.Module:

@@ -71,7 +71,7 @@ class Programs:
         self.compiler = Compiler()
 
         self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
-        self.described = {"image_shape": list(dataset.train.image_shape), "class_names": list(dataset.class_names)}
+        self.described = dataset.described()
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self._num_train = len(dataset.train)
