@@ -45,6 +45,7 @@ def trained(network, image_shape=GREY, dtype="float32"):
         config=config.lock(),
         image_shape=image_shape,
         class_names=tuple("abcdefghij"),
+        border=0.0,
         figures={},
     )
 
