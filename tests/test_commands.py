@@ -53,6 +53,7 @@ LISTED = [
     "python -m vmapbn_flax selftest --config=configs/tiny.py",
     "python tests/benchmarks/performance.py > docs/performance.md",
     "python tests/benchmarks/exactness.py > docs/exactness.md",
+    "python tests/benchmarks/folding.py",
     "python tests/benchmarks/scaling.py",
 ]
 
