@@ -26,13 +26,17 @@ def _path(text: str) -> Path:
 
 
 def _step(text: str) -> int | str:
-    return text if text in ("best", "latest") else int(text)
+    if text in ("best", "latest"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected the number of a step, best or latest")
+    return int(text)
 
 
 def _count(text: str) -> int:
-    if (count := int(text)) < 1:
-        raise ValueError
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 1")
+    return int(text)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -35,6 +35,7 @@ _CONTRAST = 0.5  # between borders, above which the colours are probably inverte
 def run(arguments: argparse.Namespace, started: float) -> int:
     """Prints a row an image; the status is 1 if a file could not be read."""
     environment.import_from_here()
+    environment.quieten_pillow()
     files = find(arguments.images)
     trained = load_run(arguments.workdir, arguments.step, network=arguments.network)
     reader = Reader(trained, strict=arguments.strict, invert=arguments.invert)
@@ -52,12 +53,12 @@ def run(arguments: argparse.Namespace, started: float) -> int:
                     best = order[0]
                     sheet.writerow([name, trained.class_names[best], found[best], *found])
     if rows:
-        header = [title for rank in range(top) for title in (f"{rank + 1}." if rank else "class", "probability")]
-        table(rows, ("image", *header), file=sys.stdout)
+        header = ("image", "class", "probability", *("next", "probability") * (top - 1))
+        table(rows, header, file=sys.stdout)
         sys.stdout.flush()
     reader.say_notes(len(rows))
     if arguments.csv:
-        write_whole(arguments.csv, written.getvalue())
+        write_whole(arguments.csv, os.fsencode(written.getvalue()))
     return 1 if reader.failures else 0
 
 

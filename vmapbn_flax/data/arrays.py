@@ -148,9 +148,11 @@ class Dataset:
 
 def border(images: Shaped[np.ndarray, "examples height width *channels"]) -> Float[np.ndarray, " examples"]:
     """The mean of the outermost pixels of each image, from 0 to 1, of images in uint8 or in floats."""
-    edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
-    pixels = [edge.reshape(len(images), -1) for edge in edges]
-    return np.concatenate(pixels, axis=1).mean(1, dtype=np.float64) / (255 if images.dtype == np.uint8 else 1)
+    outermost = np.ones(images.shape[1:3], bool)
+    outermost[1:-1, 1:-1] = False
+    pixels = images[:, outermost]  # (examples, pixels, *channels)
+    mean = pixels.mean(tuple(range(1, pixels.ndim)), dtype=np.float64)
+    return mean / 255 if images.dtype == np.uint8 else mean
 
 
 def expanded(name: str) -> Path:

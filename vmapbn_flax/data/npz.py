@@ -4,7 +4,7 @@ import math
 import warnings
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
@@ -117,8 +117,8 @@ def _read(archive: zipfile.ZipFile, name: str, max_bytes: float) -> np.ndarray:
         return _parse(member, name, info.file_size, max_bytes)
 
 
-def _parse(file: IO[bytes], name: str, size: int, max_bytes: float) -> np.ndarray:
-    """The array in a file of `size` bytes in NumPy's .npy format."""
+def _parse(file: Any, name: str, size: int, max_bytes: float) -> np.ndarray:
+    """The array in an open file of `size` bytes in NumPy's .npy format."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # NumPy repairs some headers, and says so
         if np.lib.format.read_magic(file) != (1, 0):

@@ -16,7 +16,10 @@ def require_images(images: Any, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
       ValueError: they have another shape, type or range.
     """
-    images = np.asarray(images)
+    try:
+        images = np.asarray(images)
+    except (TypeError, ValueError):
+        raise ValueError("images: got what is no array of numbers; expected images of one size") from None
     size = int(np.prod(shape))
     one = {shape, (size,), (*shape[:2], *(shape[2:] or (1,)))}
     if images.shape in one:

@@ -55,7 +55,7 @@ class TrainedRun:
     image_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     border: float
-    figures: Mapping[str, float | None]
+    figures: Mapping[str, float | int | None]
 
     def predict(self, images: Any) -> Float32[np.ndarray, "*images classes"]:
         """The probability of each class, `(classes,)` for one image, `(images, classes)` for many.
@@ -172,6 +172,7 @@ def _read_data(meta: Meta, workdir: Workdir) -> dict[str, Any]:
         sizes = len(shape) in (2, 3) and all(type(size) is int and size > 0 for size in shape)
         if not (sizes and math.prod(shape) <= _LARGEST_IMAGE and names and all(type(name) is str for name in names)):
             raise ValueError("no shape of an image, or no names of classes")
+        "".join(names).encode()  # which fails for half of a surrogate pair
     except (KeyError, TypeError, ValueError):
         raise RunError(
             f"{workdir.checkpoints}: got a checkpoint that does not say the shape of its images and their classes, as "
@@ -205,7 +206,7 @@ def _template(network: nn.Module, image_shape: tuple[int, ...], num_classes: int
     return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
 
 
-def _figures(workdir: Workdir, step: int) -> dict[str, float | None]:
+def _figures(workdir: Workdir, step: int) -> dict[str, float | int | None]:
     """The figures of the evaluation at `step`."""
     if workdir.is_refreshed:
         return dict(read_json(workdir.refresh).get("after", {}))
