@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
 from vmapbn_flax.networks import BUILT_IN, attributes, import_network
-from vmapbn_flax.nn import BatchNorm, VmapBatch
+from vmapbn_flax.nn import BatchNorm, VmapBatch, fold
 from vmapbn_flax.runs.checkpoints import Meta, restore_part, saved_steps
 from vmapbn_flax.runs.inputs import require_images
 from vmapbn_flax.runs.loading import find_step, load_config
@@ -99,6 +99,23 @@ class TrainedRun:
         variables = variables | {"params": in_compute_dtype(model, variables["params"])}
         logits = VmapBatch(self.network).apply(variables, inputs, train=False)
         return jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+
+    def fold(self) -> "TrainedRun":
+        """This run without its batch norms, which move into the layers before them: see `vmapbn_flax.fold`.
+
+        Its network has `norm=None`. It predicts the same, in bfloat16 but for rounding.
+
+        Raises:
+          UsageError: the network cannot be folded; says why.
+        """
+        (image,) = as_inputs(type(self.network), jnp.zeros((1, *self.image_shape)))
+        try:
+            network, variables = fold(self.network, self.variables, image)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        config = self.config.copy_and_resolve_references()
+        config.model.norm = "none"
+        return dataclasses.replace(self, network=network, variables=variables, config=config.lock())
 
 
 def load_run(
