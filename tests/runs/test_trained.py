@@ -305,6 +305,26 @@ def test_a_config_of_another_network(copy_of_run, change, match):
         load_run(copy_of_run)
 
 
+def test_images_too_small_for_the_network(copy_of_run):
+    workdir = Workdir(copy_of_run)
+    config = workdir.read_config()
+    config["model"] = {**conv().model.to_dict(), "features": [3, 3, 3]}
+    workdir.write(workdir.config, config)
+    with pytest.raises(UsageError, match=r"config.model: ConvNet: got images of 3x4, which 3 blocks halve to nothing"):
+        load_run(copy_of_run)
+
+
+def test_errors_of_ones_own_network_are_its_own(of_ones_own):
+    """Not taken for damage of the checkpoint."""
+
+    class Other(own.Net):
+        def __call__(self, x, *, train, mask=None):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        load_run(of_ones_own, network=Other)
+
+
 def test_damage(copy_of_run):
     (copy_of_run / "checkpoints" / "3" / "state" / "manifest.ocdbt").write_bytes(b"x")
     with pytest.raises(RunError, match=r"3: got a damaged checkpoint .*manifest.ocdbt is not what was saved"):
