@@ -75,7 +75,16 @@ def assert_equal_in_evaluation(network, images):
     return folded_variables
 
 
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+SLOW = ("resnet18", "batched resnet")  # whose layers the others have, too
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(network, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, network in NETWORKS.items()
+    ],
+)
 def test_folded_networks_compute_the_same(network):
     images = np.float32(small.mnist().test.images[:100]) / 255
     images = images.reshape(100, -1) if isinstance(network, MLP) else images[..., np.newaxis]
