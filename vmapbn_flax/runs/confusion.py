@@ -87,8 +87,9 @@ def _draw_matrix(part: Any, axes: Any, matrix: Int[np.ndarray, "classes classes"
     darkest = max(share.max(), 1e-3)
     norm = PowerNorm(0.5, 0, darkest)  # so that single mistakes are seen, too
     shades = axes.imshow(share, "Greys", norm=norm, aspect="auto", interpolation="nearest")
-    bar = part.colorbar(shades, ax=axes, location="bottom", aspect=40, ticks=[0, darkest / 4, darkest])
-    bar.set_ticklabels([_percent(tick) for tick in (0, darkest / 4, darkest)])
+    bar = part.colorbar(shades, ax=axes, location="bottom", aspect=40)
+    ticks = darkest * np.array([0, 1 / 4, 1])  # where the norm is 0, a half and 1
+    bar.set_ticks(ticks, labels=map(_percent, ticks))
     bar.set_label("mistakes, as a share of the true class")
     axes.set(xlabel="predicted", ylabel="true", title="examples by true and predicted class")
     classes = np.arange(len(names))
@@ -126,10 +127,12 @@ def _draw_wrong(
         axes.axis("off")
     for axes, row, image in zip(places, rows, examples.read(rows).images, strict=False):
         label, predicted, probability, label_probability = (leaf[row] for leaf in predictions)
+        if image.ndim == 3 and image.shape[-1] == 2:  # no colours; the first of them as grey
+            image = image[..., 0]
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         sure = f"{_percent(probability)} against {_percent(label_probability)}"
         axes.set_title(f"predicted {names[predicted]}\ntrue {names[label]}\n{sure}", fontsize=6.5)
 
 
-def _percent(share: float) -> str:
+def _percent(share: float | np.floating) -> str:
     return f"{100 * share:.1f} %" if np.isfinite(share) else ""
