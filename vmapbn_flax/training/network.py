@@ -43,9 +43,14 @@ def to_inputs(model: ConfigDict, images: UInt8[Array, "batch height width *chann
     Each input is an image `(height, width, channels)`, grey with one channel; for an `MLP` it is `(features,)`.
     """
     inputs = (images.astype(jnp.float32) / 255).astype(model.dtype)
-    if issubclass(import_network(model.name), MLP):
+    if not has_positions(model):
         return inputs.reshape(len(images), -1)
     return inputs if inputs.ndim == 4 else inputs[..., jnp.newaxis]
+
+
+def has_positions(model: ConfigDict) -> bool:
+    """Whether the network takes an image as it is, and not as features without positions."""
+    return not issubclass(import_network(model.name), MLP)
 
 
 def in_compute_dtype(model: ConfigDict, params: PyTree) -> PyTree:

@@ -24,7 +24,7 @@ from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, figures
-from vmapbn_flax.training.network import has_convolutions
+from vmapbn_flax.training.network import has_convolutions, has_positions
 from vmapbn_flax.training.optimizer import learning_rate
 from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
@@ -111,7 +111,8 @@ class Programs:
         gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
-        make, over = partial(Program, sharding=self._sharding), self._members.map
+        make = partial(Program, sharding=self._sharding, positions=has_positions(model))
+        over = self._members.map
         training = (_STATE, _HYPER, _ORDER)
         self._by_step = (
             jax.default_backend() == "cpu"
