@@ -115,12 +115,12 @@ def _require_axes(names: tuple[str, ...]) -> Callable:
 
     def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
-        call = isinstance(layer, BatchNorm) and context.method_name == "__call__"
-        # What is no bool is for the layer to refuse.
-        if call and any(isinstance(train, bool | np.bool_) and train for train in (layer.train, kwargs.get("train"))):
+        if isinstance(layer, BatchNorm) and context.method_name == "__call__":
+            told = (layer.train, kwargs.get("train"))  # what is no bool is for the layer to refuse
+            training = any(isinstance(train, bool | np.bool_) and train for train in told)
             own, replicas = as_axes(layer.axis_name), as_axes(layer.replica_axis_name)
             for name in names:
-                if name not in own + replicas:
+                if training and name not in own + replicas:
                     raise ValueError(_unnamed_axis(layer, names, name, own, replicas))
         return next_method(*args, **kwargs)
 
