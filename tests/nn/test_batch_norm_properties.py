@@ -90,6 +90,20 @@ def test_masks(draw, Layer, per_position):
 
 
 @settings(max_examples=60)
+@given(st.data(), both, st.booleans())
+def test_complex(draw, Layer, masked):
+    shape = SHAPES[2]
+    real, params, cotangent = draw.draw(data(shape))
+    imaginary, _, other = draw.draw(data(shape))
+    x, cotangent = real + 1j * imaginary, cotangent + 1j * other
+    mask = draw.draw(masks(shape[:1])) if masked else np.ones(shape[0], np.float32)
+    present = np.broadcast_to((mask > 0).reshape(-1, *(1,) * (x.ndim - 1)), shape)
+    x, cotangent = np.where(present, x, np.complex64(np.nan)), np.where(present, cotangent, np.complex64(0))
+    got = measure(Layer(), params, x, cotangent, jnp.asarray(mask) if masked else None)
+    check(got, oracle.batch_norm(x, cotangent, **params, weights=mask), x, params, cotangent, present, 2e-6)
+
+
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from([jnp.bfloat16, jnp.float16]), st.sampled_from(SHAPES[1:]))
 def test_narrow_dtypes(draw, dtype, shape):
     """Exact statistics of what was rounded on the way in, one rounding on the way out."""
