@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from vmapbn_flax.nn.checks import merge_train, require_weights
-from vmapbn_flax.nn.moments import Moments, batch_moments
+from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting
 
 AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
@@ -97,6 +97,7 @@ class BatchNorm(nn.Module):
     train: bool | None = None
 
     @nn.compact
+    @broadcasting
     def __call__(
         self, x: Num[Array, "*positions features"], *, train: bool | None = None, mask: Mask | None = None
     ) -> Num[Array, "*positions features"]:

@@ -9,9 +9,12 @@ data lies from zero; the one-pass formula E[x^2] - E[x]^2 loses every digit ther
 here that of its modulus, so that a variance is real.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
@@ -68,6 +71,17 @@ def batch_moments(
         c, var = (sum_ / divisor for sum_ in total(weight * d, weight * _square(d)))
         mean, d, var = mean + c, d - c, var - _square(c)
     return Moments(d, mean, jnp.where(var < 0, 0, var), count)
+
+
+def broadcasting(call: Callable) -> Callable:
+    """`call` as it is under jax_numpy_rank_promotion="allow": statistics meet positions by broadcasting, on purpose."""
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return call(*args, **kwargs)
+
+    return wrapped
 
 
 def _square(x: Array) -> Array:
