@@ -332,3 +332,8 @@ def test_the_nnx_layer_in_linen():
     got = layer.apply(variables, x, mutable=["batch_stats"])
     want = ours.apply(variables, x, train=True, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    lifted, mask = VmapBatch(nnx.bridge.ToLinen(BatchNorm, args=(3,))), jnp.arange(8) < 5
+    got = lifted.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    want = ours.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, want)
