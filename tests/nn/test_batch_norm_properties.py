@@ -15,7 +15,7 @@ from vmapbn_flax import BatchedBatchNorm, BatchNorm
 
 SHAPES = [(12, 2), (9, 4, 1), (5, 3, 2, 3)]  # (batch, *spatial, features)
 both = st.sampled_from([BatchNorm, BatchedBatchNorm])
-offsets = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, 1.0, -1e3, 1e6]))
+offsets = st.one_of(st.floats(-1e7, 1e7), st.sampled_from([0.0, 1.0, -1e3, 1e6, 1e7]))
 scales = st.floats(1e-3, 1e3)
 
 
@@ -94,7 +94,7 @@ def test_masks(draw, Layer, per_position):
 def test_narrow_dtypes(draw, dtype, shape):
     """Exact statistics of what was rounded on the way in, one rounding on the way out."""
     x, params, _ = draw.draw(data(shape))
-    x = np.asarray(np.clip(x, -6e4, 6e4), dtype)
+    x = np.asarray(np.clip(x, -6e4, 6e4) if dtype == jnp.float16 else x, dtype)
     got = measure(BatchNorm(dtype=dtype), params, x, np.ones(shape, np.float32))
     want = oracle.batch_norm(x, **params)
     assert got.y.dtype == dtype

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from vmapbn_flax.nn.checks import require_bool, require_weights
-from vmapbn_flax.nn.moments import Moments, batch_moments
+from vmapbn_flax.nn.moments import Moments, batch_moments, inverse_sqrt
 
 AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
@@ -141,7 +141,7 @@ class BatchNorm(nn.Module):
             centred, var = moments.centred, moments.var
         else:
             centred, var = x - running["mean"].value, running["var"].value
-        multiplier = lax.rsqrt(var + self.epsilon)
+        multiplier = inverse_sqrt(var + self.epsilon)
         if scale is not None:
             multiplier = multiplier * scale
         y = centred * multiplier
