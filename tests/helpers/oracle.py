@@ -19,8 +19,11 @@ class Result(NamedTuple):
     dbias: Any
 
 
-def batch_norm(x, cotangent=0.0, *, scale=1.0, bias=0.0, weights=None, epsilon=1e-5) -> Result:
-    """Over all axes of `x` but the last; `weights` has the leading axes of `x`, any number of them."""
+def batch_norm(x, cotangent=0.0, *, scale=1.0, bias=0.0, weights=None, epsilon=1e-5, correct=lambda *_: (1, 0)):
+    """Over all axes of `x` but the last; `weights` has the leading axes of `x`, any number of them.
+
+    `correct(mean, sigma)` returns the r and d of batch renormalisation.
+    """
     x = np.asarray(x, np.float64)
     w = np.ones(x.shape[:-1]) if weights is None else np.asarray(weights, np.float64)
     w = np.broadcast_to(w.reshape(w.shape + (1,) * (x.ndim - w.ndim)), (*x.shape[:-1], 1))
@@ -30,10 +33,22 @@ def batch_norm(x, cotangent=0.0, *, scale=1.0, bias=0.0, weights=None, epsilon=1
     mean = (w * x).sum(positions) / n
     var = (w * (x - mean) ** 2).sum(positions) / n
     inverse = 1 / np.sqrt(var + epsilon)
+    r, d = correct(mean, 1 / inverse)
     normalised = np.where(present, (x - mean) * inverse, 0)
-    dscale, dbias = (g * normalised).sum(positions), g.sum(positions)
-    dx = scale * inverse * (g - w / n * (dbias + normalised * dscale))
-    return Result(scale * normalised + bias, mean, var, dx, dscale, dbias)
+    dnormalised, dbias = (g * normalised).sum(positions), g.sum(positions)
+    dx = scale * r * inverse * (g - w / n * (dbias + normalised * dnormalised))
+    return Result(scale * (normalised * r + d) + bias, mean, var, dx, r * dnormalised + d * dbias, dbias)
+
+
+def correction(running, *, r_max=np.inf, d_max=np.inf, epsilon=1e-5):
+    """`correct` for `batch_norm`: r and d by the statistics `running`, within the limits (Ioffe, 2017, algorithm 1)."""
+    center, sigma = np.asarray(running["mean"], np.float64), np.sqrt(np.float64(running["var"]) + epsilon)
+
+    def correct(mean, batch_sigma):
+        r, d = batch_sigma / sigma, (mean - center) / sigma
+        return np.minimum(np.maximum(r, 1 / r_max), r_max), np.minimum(np.maximum(d, -d_max), d_max)
+
+    return correct
 
 
 @partial(jax.jit, static_argnums=0)
@@ -51,11 +66,14 @@ def train(layer: BatchNorm, variables, x, mask=None):
 
 
 @partial(jax.jit, static_argnums=0)
-def measure(layer: BatchNorm, params, x, cotangent, mask=None) -> Result:
-    """The same figures from a layer, its batch statistics as a step of momentum 0 leaves them."""
+def measure(layer: BatchNorm, params, x, cotangent, mask=None, running=None) -> Result:
+    """The same figures from a layer, its batch statistics as a step of momentum 0 leaves them.
+
+    `running` are the statistics before that step.
+    """
     layer = layer.clone(momentum=0.0)
     features = jnp.zeros(x.shape[-1], jnp.promote_types(layer.param_dtype, jnp.float32))
-    stats = {"mean": features, "var": features}
+    stats = {"mean": features, "var": features} if running is None else running
 
     def loss(x, params):
         y, updates = train(layer, {"params": params, "batch_stats": stats}, x, mask)

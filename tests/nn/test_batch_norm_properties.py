@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import oracle
 from tests.helpers.oracle import measure, train
-from vmapbn_flax import BatchedBatchNorm, BatchNorm
+from vmapbn_flax import BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm
 
 SHAPES = [(12, 2), (9, 4, 1), (5, 3, 2, 3)]  # (batch, *spatial, features)
 both = st.sampled_from([BatchNorm, BatchedBatchNorm])
@@ -133,3 +133,49 @@ def test_nestings(draw, axes, masked):
     for name, unit in (("mean", largest + 1e-3), ("var", spread + resolution(largest) ** 2)):
         average = np.mean([getattr(want, name) for _, _, want in wanted], 0)
         assert oracle.error(stats[name], average) < 1e-6 * unit, name
+
+
+@settings(max_examples=60)
+@given(st.data(), st.sampled_from([BatchRenorm, BatchedBatchRenorm]), st.booleans())
+def test_renorm(draw, Layer, masked):
+    """With running statistics that are within a few deviations of the batch's, and limits that some features reach."""
+    shape = SHAPES[2]
+    x, params, cotangent = draw.draw(data(shape))
+    mask = draw.draw(masks(shape[:-1])) if masked else np.ones(shape[:-1], bool)
+    present = np.broadcast_to((mask > 0)[..., None], shape)
+    x, cotangent = np.where(present, x, np.float32(np.nan)), np.where(present, cotangent, np.float32(0))
+    plain = oracle.batch_norm(x, weights=mask)
+    apart = np.array([draw.draw(st.floats(-4, 4)) for _ in range(3)])
+    ratio = np.array([draw.draw(st.floats(0.1, 10)) for _ in range(3)])
+    running = {
+        "mean": np.float32(plain.mean + apart * np.sqrt(plain.var)),
+        "var": np.float32(plain.var * ratio),
+        "count": np.int32(3),
+    }
+    layer = Layer(r_max=2.0, d_max=2.0, warmup_steps=0, r_max_steps=0, d_max_steps=0)
+    got = measure(layer, params, x, cotangent, jnp.asarray(mask) if masked else None, running)
+    correct = oracle.correction(running, r_max=2.0, d_max=2.0)
+    want = oracle.batch_norm(x, cotangent, **params, weights=mask, correct=correct)
+    check(got, want, x, params, cotangent, present, tolerance=3e-6)
+
+
+@settings(max_examples=60)
+@given(st.data(), both, st.booleans())
+def test_complex(draw, Layer, masked):
+    """The centre of each feature lies anywhere, the variance is that of the modulus."""
+    shape = SHAPES[0]
+    (x, params, _), (y, _, _) = draw.draw(data(shape)), draw.draw(data(shape))
+    z = (x + 1j * y).astype(np.complex64)
+    mask = draw.draw(masks(shape[:1])) if masked else np.ones(shape[:1], bool)
+    layer, variables = Layer(momentum=0.0), {"mean": np.zeros(2, np.complex64), "var": np.ones(2, np.float32)}
+    got, stats = train(layer, {"params": params, "batch_stats": variables}, z, jnp.asarray(mask) if masked else None)
+    w, exact = np.float64(mask)[:, None] / np.sum(mask), np.complex128(z)
+    mean = np.sum(w * exact, 0)
+    var = np.sum(w * np.abs(exact - mean) ** 2, 0)
+    want = (exact - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+    largest = np.max(np.abs(z))
+    inverse = 1 + (resolution(largest) / np.sqrt(np.min(var) + 1e-5)) ** 2
+    apart = np.abs(np.asarray(got, np.complex128) - want)[mask > 0]
+    assert np.max(apart) < 2e-6 * (1 + np.max(np.abs(want))) * inverse
+    assert np.max(np.abs(np.asarray(stats["mean"], np.complex128) - mean)) < 1e-6 * (largest + 1e-3)
+    assert oracle.error(stats["var"], var) < 2e-6 * (np.max(var) + resolution(largest) ** 2)

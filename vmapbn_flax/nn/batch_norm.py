@@ -9,13 +9,13 @@ the statistics.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Inexact, Num
 
 from vmapbn_flax.nn.checks import require_bool, require_weights
 from vmapbn_flax.nn.moments import Moments, batch_moments, inverse_sqrt
@@ -24,6 +24,13 @@ AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
 
 Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
+
+
+class Correction(NamedTuple):
+    """What a normalised value is multiplied by, and what is then added to it: `d` and `r` of Ioffe, 2017."""
+
+    factor: Float[Array, " features"]
+    shift: Inexact[Array, " features"]
 
 
 class BatchNorm(nn.Module):
@@ -93,6 +100,8 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = False
     unbiased_running_var: bool = False
 
+    _counts_steps = False  # whether there is a `count` whatever the momentum
+
     @nn.compact
     def __call__(
         self, x: Num[Array, "*positions features"], *, train: bool, mask: Mask | None = None
@@ -126,7 +135,7 @@ class BatchNorm(nn.Module):
             "mean": self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype),
             "var": self.variable("batch_stats", "var", jnp.ones, features, stats_dtype),
         }
-        if self.momentum is None:
+        if self.momentum is None or self._counts_steps:
             running["count"] = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
@@ -137,16 +146,22 @@ class BatchNorm(nn.Module):
         if train and not self.is_initializing():
             weights = self._weights(x, mask)
             moments = batch_moments(x, weights, as_axes(self.axis_name), self.use_fast_variance)
+            correction = self._correction(running, moments)
             self._update(running, moments, weights)
             centred, var = moments.centred, moments.var
         else:
+            correction = None
             centred, var = x - running["mean"].value, running["var"].value
-        multiplier = inverse_sqrt(var + self.epsilon)
+        multiplier, shift = inverse_sqrt(var + self.epsilon), bias
+        if correction is not None:
+            multiplier = multiplier * correction.factor
+            shift = correction.shift if scale is None else correction.shift * scale
+            shift = shift if bias is None else shift + bias
         if scale is not None:
             multiplier = multiplier * scale
         y = centred * multiplier
-        if bias is not None:
-            y = y + bias
+        if shift is not None:
+            y = y + shift
         return y.astype(dtype)
 
     def _weights(self, x: Array, mask: Array | None) -> Array | None:
@@ -190,17 +205,18 @@ class BatchNorm(nn.Module):
         some = groups > 0
         groups = jnp.maximum(groups, 1)
 
-        if self.momentum is None:
-            seen = running["count"].value
-            step_size = 1 / (seen + 1)
-            running["count"].value = seen + some
-        else:
-            step_size = 1 - self.momentum
+        step_size = 1 / (running["count"].value + 1) if self.momentum is None else 1 - self.momentum
+        if "count" in running:
+            running["count"].value += some
         for name, batch in (("mean", mean / groups), ("var", var / groups)):
             old = running[name].value
             moved = (1 - step_size) * old + step_size * batch
             moved = jnp.where(some, moved, old)
             running[name].value = moved.astype(moved.dtype if jnp.iscomplexobj(moved) else old.dtype)
+
+    def _correction(self, running: dict[str, nn.Variable], moments: Moments) -> Correction | None:
+        """The correction of a training batch, by the running statistics before they move."""
+        return None
 
     def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
         return list(dict.fromkeys([(), x.shape[:-1]]))

@@ -26,6 +26,7 @@ class Moments(NamedTuple):
     mean: Inexact[Array, " features"]
     var: Float[Array, " features"]  # biased: divided by `count`
     weight: Float[Array, ""] | int  # behind each mean: examples x positions, or the sum of the weights
+    lost: Inexact[Array, " features"]  # in rounding `mean`: mean + lost has twice the digits
 
 
 def batch_moments(
@@ -58,7 +59,7 @@ def batch_moments(
 
     mean = first[0] / divisor
     if use_fast_variance:
-        var = first[1] / divisor - _square(mean)
+        var, lost = first[1] / divisor - _square(mean), jnp.zeros_like(mean)
     else:
         # Neither y nor var changes when every x is shifted by the same amount. So differentiation, of any order,
         # may treat the first mean as a constant, which saves a reduction in the backward pass.
@@ -72,9 +73,10 @@ def batch_moments(
         else:
             share = weights / divisor * d  # in this order no large weight overflows, and no small one is lost
             c, var = total(share, _product(share, d))
-        mean, d, var = mean + c, d - c, var - _square(c)
+        shift, mean, d, var = mean, mean + c, d - c, var - _square(c)
+        lost = c - (mean - shift)
     var = jnp.where(var < 0, 0, var)
-    return Moments(d, mean, jnp.where(var < jnp.inf, var, jnp.nan), count)
+    return Moments(d, mean, jnp.where(var < jnp.inf, var, jnp.nan), count, lost)
 
 
 @jax.custom_jvp
