@@ -68,6 +68,9 @@ class BatchNorm(nn.Module):
     axis of groups in `replica_axis_name`. Each group is normalised by its own statistics. The running
     statistics follow the average over the groups that hold examples.
 
+    Frozen: with `use_running_average=True` a layer trains by its running statistics and leaves them. It is then an
+    affine map of each example, in training as in evaluation, and needs no axis.
+
     Attributes:
       axis_name: the axis or axes to normalise over.
       replica_axis_name: the mapped axes that are *not* normalised over; running statistics are
@@ -85,6 +88,7 @@ class BatchNorm(nn.Module):
         the number of values. Of weights w it is Kish's effective sample size, (sum w)^2 / sum w^2 (Kish, 1965,
         Survey Sampling), as in `numpy.cov(aweights=w)`. If one value has all the weight, n = 1, nothing is known of
         the variance and it is left as it is. Normalisation still uses the biased variance.
+      use_running_average: normalise by the running statistics in training, too, and leave them.
     """
 
     axis_name: AxisName = "batch"
@@ -99,6 +103,7 @@ class BatchNorm(nn.Module):
     scale_init: Callable[..., Array] = nn.initializers.ones
     use_fast_variance: bool = False
     unbiased_running_var: bool = False
+    use_running_average: bool = False
 
     _counts_steps = False  # whether there is a `count` whatever the momentum
 
@@ -111,7 +116,7 @@ class BatchNorm(nn.Module):
         Args:
           x: one example, `(*spatial, features)`.
           train: if True, normalise by the statistics of the batch and move the running statistics
-            (`batch_stats` must be mutable); if False, normalise by the running statistics.
+            (`batch_stats` must be mutable), unless the layer is frozen; if False, normalise by the running statistics.
           mask: booleans or finite, non-negative weights that say which values count in training: a scalar for the
             whole example, or `(*spatial,)`, one entry per position. Values of weight zero may be anything,
             NaN included, and their results are finite. If all weights of the batch are zero, the running
@@ -143,7 +148,7 @@ class BatchNorm(nn.Module):
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         # Initialisation needs only shapes: no axis is mapped, and the statistics must keep their initial values.
-        if train and not self.is_initializing():
+        if train and not self.use_running_average and not self.is_initializing():
             weights = self._weights(x, mask)
             moments = batch_moments(x, weights, as_axes(self.axis_name), self.use_fast_variance)
             correction = self._correction(running, moments)

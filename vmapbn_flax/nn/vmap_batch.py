@@ -107,7 +107,8 @@ def _require_axes(names: tuple[str, ...]) -> Callable:
 
     def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
-        if isinstance(layer, BatchNorm) and context.method_name == "__call__" and kwargs.get("train"):
+        called = context.method_name == "__call__" and kwargs.get("train")
+        if called and isinstance(layer, BatchNorm) and not layer.use_running_average:
             own, replicas = as_axes(layer.axis_name), as_axes(layer.replica_axis_name)
             for name in names:
                 if name not in own + replicas:
