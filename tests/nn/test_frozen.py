@@ -1,4 +1,4 @@
-"""`use_running_average`: layers that train by their running statistics, and leave them."""
+"""`frozen`: layers that train by their running statistics, and leave them."""
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ def variables(layer, features=3):
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_an_affine_map_of_each_example(Layer, momentum):
     """Its output and gradients; the statistics keep their bits."""
-    layer = Layer(use_running_average=True, momentum=momentum)
+    layer = Layer(frozen=True, momentum=momentum)
     vs, x, g = variables(layer), normal(5, 4, 3), normal(5, 4, 3, seed=5)
     params, stats = vs["params"], vs["batch_stats"]
 
@@ -48,14 +48,14 @@ def test_an_affine_map_of_each_example(Layer, momentum):
 
 @every
 def test_training_is_evaluation_and_needs_neither_axis_nor_batch(Layer):
-    layer = Layer(use_running_average=True)
+    layer = Layer(frozen=True)
     vs, x = variables(layer), normal(1, 3)
     y, _ = layer.apply(vs, x, train=True, mutable=["batch_stats"])
     np.testing.assert_array_equal(y, layer.apply(vs, x, train=False))
 
 
 def test_a_mask_changes_nothing():
-    layer = VmapBatch(BatchNorm(use_running_average=True))
+    layer = VmapBatch(BatchNorm(frozen=True))
     vs, x = variables(layer), normal(6, 3)
     masked, _ = layer.apply(vs, x, train=True, mask=jnp.arange(6) < 4, mutable=["batch_stats"])
     y, _ = layer.apply(vs, x, train=True, mutable=["batch_stats"])
@@ -66,7 +66,7 @@ def test_an_axis_need_not_be_named():
     """Statistics that do not move cannot differ along it."""
     x = normal(2, 4, 3)
     for frozen in (True, False):
-        layer = VmapBatch(BatchNorm(use_running_average=frozen), axis_name=("group", "batch"))
+        layer = VmapBatch(BatchNorm(frozen=frozen), axis_name=("group", "batch"))
         vs = variables(BatchNorm())
         if frozen:
             y, _ = layer.apply(vs, x, train=True, mutable=["batch_stats"])
@@ -80,7 +80,7 @@ def test_one_layer_of_two():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, *, train, mask=None):
-            x = BatchNorm(use_running_average=True, name="frozen")(x, train=train, mask=mask)
+            x = BatchNorm(frozen=True, name="frozen")(x, train=train, mask=mask)
             return BatchNorm(name="moving")(nn.relu(x), train=train, mask=mask)
 
     model, x = VmapBatch(Net()), normal(8, 3)

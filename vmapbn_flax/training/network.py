@@ -38,7 +38,7 @@ def make_network(
         "momentum": hyper["model.batch_norm_momentum"],
         "epsilon": hyper["model.batch_norm_epsilon"],
         "replica_axis_name": "group" if ghost else (),
-        "use_running_average": freeze_norm,
+        "frozen": freeze_norm,
     }
     if model.norm == "none":
         return VmapBatch(make(norm=None))
