@@ -139,23 +139,13 @@ def complex_normal(*shape, seed=0):
 @pytest.mark.parametrize("d_max", [0.0, 0.7, 1e6])
 def test_complex(Layer, d_max):
     """The modulus of d is limited, so that turning every x turns every result."""
-    x, turn = complex_normal(32, 4) + np.complex64(1 - 2j), np.complex64(np.exp(2j))
-    stats = running(4) | {"mean": jnp.asarray(complex_normal(4, seed=4))}
-    layer = Layer(use_bias=False, d_max=d_max)
-
-    def apply(turn):
-        turned = stats | {"mean": stats["mean"] * turn}
-        return train(layer, {"params": {"scale": jnp.ones(4)}, "batch_stats": turned}, x * turn)[0]
-
-    y, exact = apply(1), np.complex128(x)
-    sigma = np.sqrt(np.float64(stats["var"]) + 1e-5)
-    centred = exact - exact.mean(0)
-    batch_sigma = np.sqrt(np.mean(np.abs(centred) ** 2, 0) + 1e-5)
-    r = np.clip(batch_sigma / sigma, 1 / 3, 3)
-    d = (exact.mean(0) - np.complex128(stats["mean"])) / sigma
-    d *= np.minimum(1, d_max / np.abs(d))
-    np.testing.assert_allclose(y, centred / batch_sigma * r + d, rtol=0, atol=3e-6 * np.abs(y).max())
-    np.testing.assert_allclose(apply(turn), y * turn, rtol=0, atol=3e-6 * np.abs(y).max())
+    x, cotangent, turn = 1 - 2j + complex_normal(32, 4), complex_normal(32, 4, seed=5), np.complex64(np.exp(2j))
+    params, stats = parameters(4), running(4) | {"mean": jnp.asarray(complex_normal(4, seed=4))}
+    got = measure(Layer(d_max=d_max), params, x, cotangent, running=stats)
+    require_close(got, expected(x, params, stats, cotangent, d_max=d_max), tolerance=3e-6)
+    turned = stats | {"mean": stats["mean"] * turn}
+    y = measure(Layer(d_max=d_max), params, x * turn, cotangent, running=turned).y
+    np.testing.assert_allclose(y - params["bias"], (got.y - params["bias"]) * turn, rtol=0, atol=1e-5)
 
 
 # Several axes.

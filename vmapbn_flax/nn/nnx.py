@@ -126,10 +126,9 @@ class BatchNorm(nnx.Module):
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         require_bool(evaluate, type(self).__name__, "use_running_average")
         variables = {kind: self._values(type_) for kind, type_ in _COLLECTIONS.items()}
-        if evaluate:
-            return self._linen().apply(variables, x, train=False, mask=mask)
-        y, updates = self._linen().apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
-        for name, value in updates["batch_stats"].items():
+        train = not evaluate
+        y, updates = self._linen().apply(variables, x, train=train, mask=mask, mutable=["batch_stats"] * train)
+        for name, value in updates.get("batch_stats", {}).items():
             getattr(self, name).set_value(value)
         return y
 
@@ -191,7 +190,7 @@ def _values(model: nnx.Module, type_: type[nnx.Variable]) -> dict[tuple[str, ...
     return {_linen_path(path): variable.get_value() for path, variable in state}
 
 
-def _linen_path(path: tuple[str | int, ...]) -> tuple[str, ...]:
+def _linen_path(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The names of `path` with a number joined to the name of the list that it is of."""
     names: list[str] = []
     for part in path:
