@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ResNet,
         VmapBatch,
     )
+    from vmapbn_flax.runs.trained import load_run
 
     __version__: str
 
@@ -37,6 +38,7 @@ __all__ = [
     "ResNet",
     "VmapBatch",
     "default_config",
+    "load_run",
 ]
 
 
@@ -46,6 +48,10 @@ def __getattr__(name: str) -> object:
         from vmapbn_flax.defaults import default_config
 
         return default_config
+    if name == "load_run":
+        from vmapbn_flax.runs.trained import load_run
+
+        return load_run
     if name in __all__:
         from vmapbn_flax import nn
 
