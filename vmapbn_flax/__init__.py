@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ConvNet,
         ResNet,
         VmapBatch,
+        fold,
     )
     from vmapbn_flax.runs.trained import load_run
 
@@ -38,6 +39,7 @@ __all__ = [
     "ResNet",
     "VmapBatch",
     "default_config",
+    "fold",
     "load_run",
 ]
 

@@ -87,6 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     workdir: dict[str, Any] = {"type": _path, "metavar": "workdir", "help": "of a run, such as runs/vmap_bn"}
     step: dict[str, Any] = {"type": int, "help": "of the checkpoint; default: the newest"}
+    choice: dict[str, Any] = {
+        "type": _step,
+        "help": "of the checkpoint, or best, or latest; default: the best that was evaluated",
+    }
     network: dict[str, Any] = {
         "metavar": "MODULE:CLASS",
         "help": "the run's network, if it is a module of your own: a workdir cannot have code imported",
@@ -113,9 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("workdir", **workdir)
     command.add_argument("images", nargs="+", type=_path, metavar="image", help="a file or a folder")
-    command.add_argument(
-        "--step", type=_step, help="of the checkpoint, or best, or latest; default: the best that was evaluated"
-    )
+    command.add_argument("--step", **choice)
     command.add_argument("--network", **network)
     command.add_argument("--top", type=_count, default=3, metavar="N", help="how many classes to show; default: 3")
     command.add_argument("--csv", type=_path, metavar="FILE", help="writes the probabilities of all classes")
@@ -123,6 +125,27 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--invert", action="store_true", help="exchanges dark and bright, as for ink on paper where chalk was learned"
     )
+
+    for name, summary, more in (
+        ("export", "write a trained network for other programs", ""),
+        (
+            "fold",
+            "export a network without its batch norms",
+            "They move into the layers before them, and the predictions stay the same.",
+        ),
+    ):
+        command = add(name, summary, more)
+        command.add_argument("workdir", **workdir)
+        command.add_argument(
+            "-o",
+            "--output",
+            type=_path,
+            required=True,
+            metavar="FILE",
+            help="a file that ends in .stablehlo (for JAX), .safetensors (variables), .pt (PyTorch) or .onnx",
+        )
+        command.add_argument("--step", **choice)
+        command.add_argument("--network", **network)
 
     add(
         "parity",

@@ -16,14 +16,14 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
-from vmapbn_flax.networks import attributes, import_network
-from vmapbn_flax.nn import BatchNorm, VmapBatch
+from vmapbn_flax.networks import attributes, import_network, in_form
+from vmapbn_flax.nn import VmapBatch, fold
 from vmapbn_flax.runs.checkpoints import Meta, restore_part, saved_steps
 from vmapbn_flax.runs.inputs import require_images
 from vmapbn_flax.runs.loading import find_step, load_config
 from vmapbn_flax.runs.selection import best_row
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.training.network import as_inputs, in_compute_dtype
+from vmapbn_flax.training.network import LAYERS, as_inputs, in_compute_dtype
 
 _BATCH = 32  # images that the compiled program takes
 _LARGEST_IMAGE = 10**8  # bytes
@@ -100,6 +100,23 @@ class TrainedRun:
         logits = VmapBatch(self.network).apply(variables, inputs, train=False)
         return jax.nn.softmax(jnp.asarray(logits, jnp.float32))
 
+    def fold(self) -> "TrainedRun":
+        """This run without its batch norms, which move into the layers before them: see `vmapbn_flax.fold`.
+
+        Its network has `norm=None`. It predicts the same, in bfloat16 but for rounding.
+
+        Raises:
+          UsageError: the network cannot be folded; says why.
+        """
+        (image,) = as_inputs(type(self.network), jnp.zeros((1, *self.image_shape)))
+        try:
+            network, variables = fold(self.network, self.variables, image)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        config = self.config.copy_and_resolve_references()
+        config.model.norm = "none"
+        return dataclasses.replace(self, network=network, variables=variables, config=config.lock())
+
 
 def load_run(
     workdir: str | Path, step: int | str | None = None, *, network: str | type[nn.Module] | None = None
@@ -166,10 +183,13 @@ def _read_data(meta: Meta, workdir: Workdir) -> dict[str, Any]:
 
 def _make_network(network: str | type[nn.Module] | None, model: ConfigDict, num_classes: int) -> nn.Module:
     """The network for one example, with the norm of the one-example variant."""
-    norm = functools.partial(BatchNorm, momentum=model.batch_norm_momentum, epsilon=model.batch_norm_epsilon)
+    norm = None
+    if model.norm != "none":
+        layer = LAYERS[in_form(model.norm, batched=False)]
+        norm = functools.partial(layer, momentum=model.batch_norm_momentum, epsilon=model.batch_norm_epsilon)
     make = network if isinstance(network, type) else import_network(model.name)
     try:
-        return make(num_classes=num_classes, norm=None if model.norm == "none" else norm, **attributes(model))
+        return make(num_classes=num_classes, norm=norm, **attributes(model))
     except TypeError as error:
         raise UsageError(f"config.model: got attributes that the network does not take ({error})") from None
 

@@ -13,7 +13,7 @@ from vmapbn_flax.networks import attributes, import_network, is_batched
 from vmapbn_flax.nn import MLP, BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm, VmapBatch
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 
-_LAYERS = {
+LAYERS = {  # of the values of config.model.norm
     "vmap": BatchNorm,
     "batched": BatchedBatchNorm,
     "renorm": BatchRenorm,
@@ -42,7 +42,7 @@ def make_network(
     }
     if model.norm == "none":
         return VmapBatch(make(norm=None))
-    layer = _LAYERS[model.norm]
+    layer = LAYERS[model.norm]
     if issubclass(layer, BatchRenorm):
         full = hyper["model.renorm_full_steps"]
         numbers |= {"r_max": hyper["model.renorm_r_max"], "r_max_steps": full}
