@@ -76,7 +76,8 @@ def batch_moments(
         shift, mean, d, var = mean, mean + c, d - c, var - _square(c)
         lost = c - (mean - shift)
     var = jnp.where(var < 0, 0, var)
-    return Moments(d, mean, jnp.where(var < jnp.inf, var, jnp.nan), count, lost)
+    var = var + 0 * lax.stop_gradient(var)  # NaN if it overflowed: by an infinite one every result would be zero
+    return Moments(d, mean, var, count, lost)
 
 
 @jax.custom_jvp
