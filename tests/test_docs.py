@@ -17,7 +17,15 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", "docs/data.md", "docs/equinox.md", "docs/story.md", "docs/using.md", "docs/your-network.md"]
+RUN = [
+    "README.md",
+    "docs/batch-norm.md",
+    "docs/data.md",
+    "docs/equinox.md",
+    "docs/story.md",
+    "docs/using.md",
+    "docs/your-network.md",
+]
 PROSE = ["docs/architecture.md", "docs/changelog.md", "docs/exactness.md", "docs/reference.md", "docs/speed.md"]
 
 
@@ -76,6 +84,12 @@ def test_every_page_is_linked(start):
 def test_every_page_is_in_the_site():
     nav = (ROOT / "mkdocs.yml").read_text()
     assert [page for page in PAGES[1:] if f"- {Path(page).name}\n" not in nav] == []
+
+
+def test_the_layer_in_flax_s_place_is_the_one_that_flax_s_tests_get():
+    page, plugin = (ROOT / "docs/batch-norm.md").read_text(), (ROOT / "tests/helpers/as_flax.py").read_text()
+    [code] = [code for code in BLOCK.findall(page) if code.startswith("class FlaxBatchNorm")]
+    assert code.strip() in plugin
 
 
 def test_the_network_of_ones_own_is_the_file():

@@ -15,8 +15,10 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from vmapbn_flax import BatchedBatchNorm, BatchNorm, VmapBatch
+from vmapbn_flax.nn import nnx as ours
 
 BATCH, FEATURES, EPSILON = 128, 100, 1e-5
 OFFSETS = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -26,8 +28,10 @@ FORMULAS = {
     "ours, vmapped": "`d = x - mean(x); c = mean(d); var = mean(d * d) - c * c; y = (d - c) * inv`, "
     "two reductions over the axis of `jax.vmap`",
     "ours, batched": "the same on a whole batch",
+    "ours, nnx": "the same again, under `nnx.vmap`",
     "flax": "`var = max(0, mean(x * x) - mean(x)**2); y = (x - mean(x)) * inv`, one reduction "
     "(`use_fast_variance=True`, the default)",
+    "flax nnx": "the same",
     "haiku": "the same without the `max`, so that rounding can make the variance negative, hence NaN",
     "equinox": '`var = mean((x - mean(x))**2); y = (x - mean(x)) / sqrt(var + epsilon)` (`mode="batch"`)',
     "torch": "`var = mean((x - mean(x))**2); y = x * inv - mean(x) * inv` (on a CPU)",
@@ -51,6 +55,10 @@ def layers() -> dict[str, Layer]:
         variables = jax.jit(lambda: layer.init(jax.random.key(0), jnp.ones((BATCH, FEATURES)), **train))()
         return differentiated(lambda x: layer.apply(variables, x, **train, mutable=["batch_stats"])[0])
 
+    def new(Norm: type[nnx.Module], call: Callable) -> Layer:
+        return differentiated(lambda x: call(Norm(FEATURES, epsilon=EPSILON, rngs=nnx.Rngs(0)), x))
+
+    vmapped = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="batch")
     haiku = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99, eps=EPSILON)(x, True))
     haiku_variables = haiku.init(None, jnp.ones((BATCH, FEATURES)))
     model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(FEATURES, "batch", eps=EPSILON, mode="batch")
@@ -58,7 +66,9 @@ def layers() -> dict[str, Layer]:
     found = {
         "ours, vmapped": linen(VmapBatch(BatchNorm(epsilon=EPSILON)), train=True),
         "ours, batched": linen(BatchedBatchNorm(epsilon=EPSILON), train=True),
+        "ours, nnx": new(ours.BatchNorm, vmapped),
         "flax": linen(nn.BatchNorm(epsilon=EPSILON), use_running_average=False),
+        "flax nnx": new(nnx.BatchNorm, nnx.BatchNorm.__call__),
         "haiku": differentiated(lambda x: haiku.apply(*haiku_variables, None, x)[0]),
         "equinox": differentiated(lambda x: equinox(x, state)[0]),
     }

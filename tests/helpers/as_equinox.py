@@ -13,6 +13,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     weight: jax.Array | None
     bias: jax.Array | None
     batch_state_index: eqx.nn.StateIndex
+    ema_state_index: eqx.nn.StateIndex  # the same
     layer: vmapbn_flax.BatchNorm = eqx.field(static=True)
     inference: bool
 
@@ -20,7 +21,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self, input_size, axis_name, eps=1e-5, channelwise_affine=True, momentum=0.99, inference=False, mode=None
     ):
         self.weight, self.bias = (jnp.ones(input_size), jnp.zeros(input_size)) if channelwise_affine else (None, None)
-        self.batch_state_index = eqx.nn.StateIndex((jnp.zeros(input_size), jnp.ones(input_size)))
+        self.batch_state_index = self.ema_state_index = eqx.nn.StateIndex((jnp.zeros(input_size), jnp.ones(input_size)))
         affine = {"use_scale": channelwise_affine, "use_bias": channelwise_affine}
         self.layer = vmapbn_flax.BatchNorm(axis_name, momentum=momentum, epsilon=eps, **affine)
         self.inference = inference
@@ -34,10 +35,6 @@ class BatchNorm(eqx.nn.StatefulLayer):
         y, updates = self.layer.apply(variables, jnp.moveaxis(x, 0, -1), train=train, mutable=["batch_stats"])
         statistics = updates["batch_stats"]
         return jnp.moveaxis(y, -1, 0), state.set(self.batch_state_index, (statistics["mean"], statistics["var"]))
-
-    @property
-    def ema_state_index(self):
-        return self.batch_state_index
 
 
 eqx.nn.BatchNorm = BatchNorm

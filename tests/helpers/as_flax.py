@@ -1,11 +1,11 @@
-"""A plugin of pytest: tests of flax.linen get this package's layer as `flax.linen.BatchNorm`."""
+"""A plugin of pytest: tests of flax.linen get this package's layer, by way of docs/batch-norm.md's class."""
 
 import flax.linen as nn
 
 from vmapbn_flax import BatchedBatchNorm
 
 
-class BatchNorm(BatchedBatchNorm):
+class FlaxBatchNorm(BatchedBatchNorm):
     use_running_average: bool | None = None
 
     def __call__(self, x, use_running_average=None, *, mask=None):
@@ -13,4 +13,4 @@ class BatchNorm(BatchedBatchNorm):
         return super().__call__(x, train=not evaluate, mask=mask)
 
 
-nn.BatchNorm = BatchNorm
+nn.BatchNorm = FlaxBatchNorm

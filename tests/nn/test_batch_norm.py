@@ -717,6 +717,16 @@ print(json.dumps(counts))
     assert json.loads(output.stdout) == [2] * 4 + [1] * 4
 
 
+@both
+def test_where_jax_refuses_to_broadcast(Layer):
+    x = normal(8, 4, 3)
+    with jax.numpy_rank_promotion("raise"):
+        y, _ = train(Layer(epsilon=2e-5), variables(3), x)
+        evaluated = Layer().apply(variables(3), jnp.asarray(x), train=False)
+    assert error(y, oracle.batch_norm(x, epsilon=2e-5).y) < 1e-6
+    np.testing.assert_allclose(evaluated, x, rtol=1e-4)
+
+
 # Derivatives beyond the gradient.
 
 

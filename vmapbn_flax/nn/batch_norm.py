@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Num
 
 from vmapbn_flax.nn.checks import merge_train, require_weights
-from vmapbn_flax.nn.moments import Moments, batch_moments, inverse_sqrt
+from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting, inverse_sqrt
 
 AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
@@ -112,6 +112,7 @@ class BatchNorm(nn.Module):
     _counts_steps = False  # whether there is a `count` whatever the momentum
 
     @nn.compact
+    @broadcasting
     def __call__(
         self, x: Num[Array, "*positions features"], *, train: bool | None = None, mask: Mask | None = None
     ) -> Num[Array, "*positions features"]:

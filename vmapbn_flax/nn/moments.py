@@ -10,8 +10,10 @@ here that of its modulus, so that a variance is real. Numbers that are too large
 never a wrong number.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,17 @@ def inverse_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def _inverse_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     y = inverse_sqrt(*primals)
     return y, -0.5 * y * (y * (y * tangents[0]))
+
+
+def broadcasting(call: Callable) -> Callable:
+    """`call` as it is under jax_numpy_rank_promotion="allow": statistics meet positions by broadcasting, on purpose."""
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return call(*args, **kwargs)
+
+    return wrapped
 
 
 def _square(x: Array) -> Array:
