@@ -9,6 +9,7 @@ the statistics.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from vmapbn_flax.nn.checks import require_bool, require_weights
 from vmapbn_flax.nn.moments import Moments, batch_moments
+from vmapbn_flax.nn.positions import spread
 
 AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
@@ -139,14 +141,17 @@ class BatchNorm(nn.Module):
             moments = batch_moments(x, weights, as_axes(self.axis_name), self.use_fast_variance)
             self._update(running, moments, weights)
             centred, var = moments.centred, moments.var
+            axes = as_axes(self.axis_name), as_axes(self.replica_axis_name)
+            broadcast = partial(spread, x=x, axis_name=axes[0], replica_axis_name=axes[1])
         else:
             centred, var = x - running["mean"].value, running["var"].value
+            broadcast = jnp.asarray
         multiplier = lax.rsqrt(var + self.epsilon)
         if scale is not None:
             multiplier = multiplier * scale
-        y = centred * multiplier
+        y = centred * broadcast(multiplier)
         if bias is not None:
-            y = y + bias
+            y = y + broadcast(bias)
         return y.astype(dtype)
 
     def _weights(self, x: Array, mask: Array | None) -> Array | None:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from vmapbn_flax.nn.positions import spread, totals
+
 
 class Moments(NamedTuple):
     """Batch statistics, and the input minus its mean."""
@@ -37,10 +39,9 @@ def batch_moments(
     Takes two reductions across `axis_name`, or one with `use_fast_variance`. `weights=None` gives every
     position the weight one. Values of weight zero are ignored, NaN included.
     """
-    positions = tuple(range(x.ndim - 1))
 
     def total(*terms: Array) -> list[Array]:
-        return lax.psum([jnp.sum(term, positions) for term in terms], axis_name)
+        return totals(terms, axis_name)
 
     if weights is None:
         present, weight = None, 1.0
@@ -66,7 +67,7 @@ def batch_moments(
     d = x - mean if present is None else jnp.where(present, x - mean, 0)
     if not use_fast_variance:
         c, var = (sum_ / divisor for sum_ in total(weight * d, weight * _square(d)))
-        mean, d, var = mean + c, d - c, var - _square(c)
+        mean, d, var = mean + c, d - spread(c, x, axis_name), var - _square(c)
     return Moments(d, mean, jnp.where(var < 0, 0, var), count)
 
 
