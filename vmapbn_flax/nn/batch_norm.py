@@ -9,6 +9,7 @@ the statistics.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Num
 
 from vmapbn_flax.nn.checks import merge_train, require_weights
 from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting, inverse_sqrt
+from vmapbn_flax.nn.positions import spread
 
 AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
@@ -161,8 +163,11 @@ class BatchNorm(nn.Module):
                 correction = self._correction(running, moments)
                 self._update(running, moments, weights)
             centred, var = moments.centred, moments.var
+            replicas = tuple(filter(_is_mapped, as_axes(self.replica_axis_name)))
+            broadcast = partial(spread, x=x, axis_name=axis_name, replica_axis_name=replicas)
         else:
             centred, var = x - running["mean"].value, running["var"].value
+            broadcast = jnp.asarray
         multiplier, shift = inverse_sqrt(var + self.epsilon), bias
         if correction is not None:
             multiplier = multiplier * correction.factor
@@ -170,9 +175,9 @@ class BatchNorm(nn.Module):
             shift = shift if bias is None else shift + bias
         if scale is not None:
             multiplier = multiplier * scale
-        y = centred * multiplier
+        y = centred * broadcast(multiplier)
         if shift is not None:
-            y = y + shift
+            y = y + broadcast(shift)
         return y.astype(dtype)
 
     def _batch_axes(self, x: Array) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from vmapbn_flax.nn.positions import spread, totals
+
 
 class Moments(NamedTuple):
     """Batch statistics, and the input minus its mean."""
@@ -42,10 +44,9 @@ def batch_moments(
     Takes two reductions across `axis_name`, or one with `use_fast_variance`. `weights=None` gives every
     position the weight one. Values of weight zero are ignored, NaN included.
     """
-    positions = tuple(range(x.ndim - 1))
 
     def total(*terms: Array) -> list[Array]:
-        return lax.psum([jnp.sum(term, positions) for term in terms], axis_name)
+        return totals(terms, axis_name)
 
     if weights is None:
         present = None
@@ -75,7 +76,7 @@ def batch_moments(
         else:
             share = weights / divisor * d  # in this order no large weight overflows, and no small one is lost
             c, var = total(share, _product(share, d))
-        shift, mean, d, var = mean, mean + c, d - c, var - _square(c)
+        shift, mean, d, var = mean, mean + c, d - spread(c, x, axis_name), var - _square(c)
         lost = c - (mean - shift)
     var = jnp.where(var < 0, 0, var)
     var = var + 0 * lax.stop_gradient(var)  # NaN if it overflowed: by an infinite one every result would be zero
