@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 
+import PIL.Image
 import pytest
 
 from tests.helpers.runs import command
@@ -96,6 +97,9 @@ def clone(tmp_path, monkeypatch):
     for name in ("configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs").mkdir()
+    for folder in ("chalk", "paper"):  # the images of docs/using.md
+        (tmp_path / folder).mkdir()
+        PIL.Image.new("RGB", (20, 30), "white").save(tmp_path / folder / "three.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

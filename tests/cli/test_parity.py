@@ -9,7 +9,7 @@ from vmapbn_flax.cli import parity as module
 from vmapbn_flax.cli.parity import compare, parity
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.training import network, steps
-from vmapbn_flax.training.state import named_leaves
+from vmapbn_flax.training.trees import named_leaves
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 
@@ -40,6 +40,14 @@ def test_a_small_array_that_is_all_wrong():
     row = compare("", tree([1e3], [1e-3]), tree([1e3], [-1e-3]), 1e-5)
     assert row.array == "1"
     assert not row.within
+
+
+def test_a_count_does_not_hide_statistics():
+    """Batch renorm's count of steps is the largest entry, but no measure of rounding."""
+    first, second = ({"count": jnp.int32(10_000), "mean": jnp.float32(mean)} for mean in (0.1, 0.2))
+    row = compare("", first, second, 1e-3)
+    assert (row.array, row.within) == ("mean", False)
+    assert not compare("", first, first | {"count": jnp.int32(9_999)}, 1e-5).within
 
 
 def test_an_array_that_is_rounding_alone():

@@ -6,6 +6,7 @@ from pathlib import Path
 from vmapbn_flax.cli import environment
 from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.networks import in_form
 from vmapbn_flax.runs.loading import load_config, load_state
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.programs import Programs
@@ -39,7 +40,7 @@ def evaluate(
     if norm is not None:
         if config.model.norm == "none":
             raise UsageError(f"--norm={norm}: got a run without batch norm, {workdir}, expected one with it")
-        config.model.norm = norm
+        config.model.norm = in_form(config.model.norm, batched=norm == "batched")
     programs = Programs([config], load_dataset(config.data))
-    state = load_state(run_workdir, step, programs)
+    state = load_state(run_workdir, step, programs.template())
     return {"step": int(state.step), **programs.evaluate(state)}

@@ -9,21 +9,30 @@ the statistics.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Inexact, Num
 
 from vmapbn_flax.nn.checks import merge_train, require_weights
-from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting
+from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting, inverse_sqrt
+from vmapbn_flax.nn.positions import spread
 
 AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
 
 Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
+
+
+class Correction(NamedTuple):
+    """What a normalised value is multiplied by, and what is then added to it: `d` and `r` of Ioffe, 2017."""
+
+    factor: Float[Array, " features"]
+    shift: Inexact[Array, " features"]
 
 
 class BatchNorm(nn.Module):
@@ -61,6 +70,10 @@ class BatchNorm(nn.Module):
     axis of groups in `replica_axis_name`. Each group is normalised by its own statistics. The running
     statistics follow the average over the groups that hold examples.
 
+    Frozen: with `frozen=True` a layer trains by its running statistics and leaves them, as `flax.linen.BatchNorm` does
+    with `use_running_average=True`. It is then an affine map of each example, in training as in evaluation, and needs
+    no axis.
+
     Attributes:
       axis_name: the axis or axes to normalise over.
       replica_axis_name: the mapped axes that are *not* normalised over; running statistics are
@@ -78,6 +91,7 @@ class BatchNorm(nn.Module):
         the number of values. Of weights w it is Kish's effective sample size, (sum w)^2 / sum w^2 (Kish, 1965,
         Survey Sampling), as in `numpy.cov(aweights=w)`. If one value has all the weight, n = 1, nothing is known of
         the variance and it is left as it is. Normalisation still uses the biased variance.
+      frozen: normalise by the running statistics in training, too, and leave them.
       train: as in the call, where it is then left out: for `flax.linen.Sequential` and the lifted transformations,
         which would trace it. There is no default.
     """
@@ -94,7 +108,10 @@ class BatchNorm(nn.Module):
     scale_init: Callable[..., Array] = nn.initializers.ones
     use_fast_variance: bool = False
     unbiased_running_var: bool = False
+    frozen: bool = False
     train: bool | None = None
+
+    _counts_steps = False  # whether there is a `count` whatever the momentum
 
     @nn.compact
     @broadcasting
@@ -106,8 +123,8 @@ class BatchNorm(nn.Module):
         Args:
           x: one example, `(*spatial, features)`.
           train: if True, normalise by the statistics of the batch and move the running statistics
-            (`batch_stats` must be mutable); if False, normalise by the running statistics. While the layer is
-            initialised no statistics move, and the axes that are mapped are the batch, if any is.
+            (`batch_stats` must be mutable), unless the layer is frozen; if False, normalise by the running statistics.
+            While the layer is initialised no statistics move, and the axes that are mapped are the batch, if any is.
           mask: booleans or finite, non-negative weights that say which values count in training: a scalar for the
             whole example, or `(*spatial,)` or `(*spatial, 1)`, one entry per position. Values of weight zero may
             be anything, NaN included, and their results are finite. If all weights of the batch are zero, the
@@ -131,27 +148,36 @@ class BatchNorm(nn.Module):
             "mean": self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype),
             "var": self.variable("batch_stats", "var", jnp.ones, features, stats_dtype),
         }
-        if self.momentum is None:
+        if self.momentum is None or self._counts_steps:
             running["count"] = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if train:
+        correction = None
+        if train and not self.frozen:
             axis_name, weights = self._batch_axes(x), self._weights(x, mask)
             moments = batch_moments(x, weights, axis_name, self.use_fast_variance)
             if not self.is_initializing():
+                correction = self._correction(running, moments)
                 self._update(running, moments, weights)
             centred, var = moments.centred, moments.var
+            replicas = tuple(filter(_is_mapped, as_axes(self.replica_axis_name)))
+            broadcast = partial(spread, x=x, axis_name=axis_name, replica_axis_name=replicas)
         else:
             centred, var = x - running["mean"].value, running["var"].value
-        multiplier = lax.rsqrt(var + self.epsilon)
+            broadcast = jnp.asarray
+        multiplier, shift = inverse_sqrt(var + self.epsilon), bias
+        if correction is not None:
+            multiplier = multiplier * correction.factor
+            shift = correction.shift if scale is None else correction.shift * scale
+            shift = shift if bias is None else shift + bias
         if scale is not None:
             multiplier = multiplier * scale
-        y = centred * multiplier
-        if bias is not None:
-            y = y + bias
+        y = centred * broadcast(multiplier)
+        if shift is not None:
+            y = y + broadcast(shift)
         return y.astype(dtype)
 
     def _batch_axes(self, x: Array) -> tuple[str, ...]:
@@ -199,17 +225,18 @@ class BatchNorm(nn.Module):
         some = groups > 0
         groups = jnp.maximum(groups, 1)
 
-        if self.momentum is None:
-            seen = running["count"].value
-            step_size = 1 / (seen + 1)
-            running["count"].value = seen + some
-        else:
-            step_size = 1 - self.momentum
+        step_size = 1 / (running["count"].value + 1) if self.momentum is None else 1 - self.momentum
+        if "count" in running:
+            running["count"].value += some
         for name, batch in (("mean", mean / groups), ("var", var / groups)):
             old = running[name].value
             moved = (1 - step_size) * old + step_size * batch
             moved = jnp.where(some, moved, old)
             running[name].value = moved.astype(moved.dtype if jnp.iscomplexobj(moved) else old.dtype)
+
+    def _correction(self, running: dict[str, nn.Variable], moments: Moments) -> Correction | None:
+        """The correction of a training batch, by the running statistics before they move."""
+        return None
 
     def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
         return list(dict.fromkeys([(), x.shape[:-1], (*x.shape[:-1], 1)]))

@@ -41,7 +41,7 @@ def require_weights(mask: Any, label: str) -> None:
     """Refuses a `mask` with impossible weights, unless it is traced or other processes hold a part of it.
 
     Raises:
-      ValueError: a weight is negative, infinite or NaN.
+      ValueError: a weight is negative, infinite or NaN, or they are too large for a sum in float32.
     """
     if isinstance(mask, jax.core.Tracer) or not getattr(mask, "is_fully_addressable", True):
         return
@@ -49,3 +49,8 @@ def require_weights(mask: Any, label: str) -> None:
     wrong = weights[~((weights >= 0) & (weights < np.inf))]
     if wrong.size:
         raise ValueError(f"{label}: got a mask with the weight {wrong[0]}; expected finite weights of zero or more.")
+    if weights.sum() > np.finfo(np.float32).max:
+        raise ValueError(
+            f"{label}: got a mask whose weights sum to {weights.sum():.2g}; expected a sum below 3.4e38, the largest "
+            f"float32. Divide them by a number: only their ratios matter."
+        )

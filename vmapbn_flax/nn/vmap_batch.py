@@ -115,7 +115,7 @@ def _require_axes(names: tuple[str, ...]) -> Callable:
 
     def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
-        if isinstance(layer, BatchNorm) and context.method_name == "__call__":
+        if isinstance(layer, BatchNorm) and context.method_name == "__call__" and not layer.frozen:
             told = (layer.train, kwargs.get("train"))  # what is no bool is for the layer to refuse
             training = any(isinstance(train, bool | np.bool_) and train for train in told)
             own, replicas = as_axes(layer.axis_name), as_axes(layer.replica_axis_name)
