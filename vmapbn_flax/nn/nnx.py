@@ -151,7 +151,7 @@ class BatchNorm(nnx.Module):
 class BatchedBatchNorm(BatchNorm):
     """`vmapbn_flax.BatchedBatchNorm` for NNX, on a whole batch, in place of `flax.nnx.BatchNorm`."""
 
-    linen = batch_norm.BatchedBatchNorm
+    linen: ClassVar[type[batch_norm.BatchNorm]] = batch_norm.BatchedBatchNorm
 
     def __init__(self, num_features: int, *, axis_name: AxisName | None = (), **attributes: Any) -> None:
         super().__init__(num_features, axis_name=axis_name, **attributes)
@@ -184,7 +184,7 @@ class BatchRenorm(BatchNorm):
 class BatchedBatchRenorm(BatchRenorm, BatchedBatchNorm):
     """`vmapbn_flax.BatchedBatchRenorm` for NNX, on a whole batch."""
 
-    linen = batch_renorm.BatchedBatchRenorm
+    linen: ClassVar[type[batch_norm.BatchNorm]] = batch_renorm.BatchedBatchRenorm
 
 
 def from_nnx(model: nnx.Module) -> dict[str, Any]:
