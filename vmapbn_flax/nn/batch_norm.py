@@ -168,7 +168,7 @@ class BatchNorm(nn.Module):
         else:
             centred, var = x - running["mean"].value, running["var"].value
             broadcast = jnp.asarray
-        multiplier, shift = inverse_sqrt(var + self.epsilon), bias
+        multiplier, shift = inverse_sqrt(jnp.asarray(var + self.epsilon)), bias
         if correction is not None:
             multiplier = multiplier * correction.factor
             shift = correction.shift if scale is None else correction.shift * scale
