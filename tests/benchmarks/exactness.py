@@ -177,7 +177,7 @@ it. Of ours, in float32:
 | --- | --- | --- |
 | inputs, for outputs and statistics | the squares of x - mean(x) sum to less than 3.4e38 | NaN |
 | of 128 examples; of 100,000 values | up to 1e18; up to 4e16 | |
-| inputs, for gradients | up to a tenth of that, if the results' gradients are of order one | underflow: off by some per cent |
+| inputs, for gradients | up to a tenth of that, if those of the results are of order one | off by some per cent |
 | small inputs | all; a variance below 1e-30 is nothing beside epsilon | |
 | mask weights | from 1e-36 on, in any mixture; those below 1.2e-38 are zero on most devices | |
 | sum of the weights, and of weight times input | below 3.4e38 | refused; NaN where it is traced |
