@@ -15,7 +15,14 @@ import vmapbn_flax
 from tests.helpers import oracle
 from tests.nn.test_batch_norm_properties import SHAPES, check, data, masks
 from vmapbn_flax import MLP, VmapBatch
-from vmapbn_flax.nn.nnx import BatchedBatchNorm, BatchNorm, from_nnx, to_nnx
+from vmapbn_flax.nn.nnx import (
+    BatchedBatchNorm,
+    BatchedBatchRenorm,
+    BatchNorm,
+    BatchRenorm,
+    from_nnx,
+    to_nnx,
+)
 
 both = pytest.mark.parametrize("Layer", [BatchNorm, BatchedBatchNorm])
 
@@ -53,13 +60,20 @@ def numbers(layer):
 # The numbers.
 
 
+CORRECTING = {"warmup_steps": 0, "r_max_steps": 0, "d_max_steps": 0, "r_max": 1.1, "d_max": 0.2}
+CASES = {
+    "one": (BatchNorm, {}),
+    "batch": (BatchedBatchNorm, {}),
+    "cumulative": (BatchNorm, {"momentum": None, "unbiased_running_var": True}),
+    "bare": (BatchedBatchNorm, {"use_scale": False, "use_bias": False, "momentum": 0.5}),
+    "frozen": (BatchedBatchNorm, {"frozen": True}),
+    "renorm": (BatchRenorm, CORRECTING),
+    "batched renorm": (BatchedBatchRenorm, CORRECTING),
+}
+
+
 @pytest.mark.parametrize("mask", [None, [1, 1, 0, 0.5, 0, 1]], ids=["whole", "masked"])
-@pytest.mark.parametrize(
-    "attributes",
-    [{}, {"momentum": None, "unbiased_running_var": True}, {"use_scale": False, "use_bias": False, "momentum": 0.5}],
-    ids=["default", "cumulative", "bare"],
-)
-@both
+@pytest.mark.parametrize(("Layer", "attributes"), CASES.values(), ids=CASES)
 def test_the_numbers_of_the_linen_layer(Layer, attributes, mask):
     x, mask = 3 + normal(6, 4, 3), None if mask is None else jnp.array(mask)
     layer = Layer(3, rngs=nnx.Rngs(0), **attributes)
@@ -90,7 +104,7 @@ def test_the_numbers_of_the_linen_layer(Layer, attributes, mask):
     want = linen_step(variables, x)
     got = (y, dx, nnx.to_pure_dict(dlayer), from_nnx(layer)["batch_stats"])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
-    x = x if Layer is BatchedBatchNorm else x[0]
+    x = x if issubclass(Layer, BatchedBatchNorm) else x[0]
     evaluated = linen.apply({**variables, "batch_stats": want[3]}, x, train=False)
     np.testing.assert_allclose(layer(x, use_running_average=True), evaluated, rtol=1e-6, atol=1e-6)
 
@@ -332,3 +346,8 @@ def test_the_nnx_layer_in_linen():
     got = layer.apply(variables, x, mutable=["batch_stats"])
     want = ours.apply(variables, x, train=True, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    lifted, mask = VmapBatch(nnx.bridge.ToLinen(BatchNorm, args=(3,))), jnp.arange(8) < 5
+    got = lifted.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    want = ours.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, want)

@@ -1,4 +1,4 @@
-"""`BatchNorm` and `BatchedBatchNorm` as modules of Flax NNX, and the conversion of variables between NNX and Linen.
+"""The norms as modules of Flax NNX, and the conversion of variables between NNX and Linen.
 
 Their arithmetic is that of the Linen layers, which they call. Import this module by its name; `vmapbn_flax.nn` does
 without it, since flax.nnx takes a while to load.
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from flax.typing import Initializer
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
-from vmapbn_flax.nn import batch_norm
+from vmapbn_flax.nn import batch_norm, batch_renorm
 from vmapbn_flax.nn.batch_norm import AxisName, Mask
 from vmapbn_flax.nn.checks import require_bool
 
@@ -57,7 +57,7 @@ class BatchNorm(nnx.Module):
       scale_metadata: of the variable `scale`, such as its sharding.
       bias_metadata: of the variable `bias`.
 
-    The others are those of `vmapbn_flax.BatchNorm`.
+    The others are those of `vmapbn_flax.BatchNorm`. `frozen` outlasts `model.train()`, `use_running_average` does not.
     """
 
     linen: ClassVar[type[batch_norm.BatchNorm]] = batch_norm.BatchNorm
@@ -79,6 +79,7 @@ class BatchNorm(nnx.Module):
         scale_init: Initializer = nnx.initializers.ones,
         use_fast_variance: bool = False,
         unbiased_running_var: bool = False,
+        frozen: bool = False,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -95,6 +96,7 @@ class BatchNorm(nnx.Module):
         self.use_scale = use_scale
         self.use_fast_variance = use_fast_variance
         self.unbiased_running_var = unbiased_running_var
+        self.frozen = frozen
 
         def parameter(init: Initializer, metadata: Mapping[str, Any]) -> nnx.Param:
             return nnx.Param(init(rngs.params(), (num_features,), param_dtype), **metadata)
@@ -149,10 +151,40 @@ class BatchNorm(nnx.Module):
 class BatchedBatchNorm(BatchNorm):
     """`vmapbn_flax.BatchedBatchNorm` for NNX, on a whole batch, in place of `flax.nnx.BatchNorm`."""
 
-    linen = batch_norm.BatchedBatchNorm
+    linen: ClassVar[type[batch_norm.BatchNorm]] = batch_norm.BatchedBatchNorm
 
     def __init__(self, num_features: int, *, axis_name: AxisName | None = (), **attributes: Any) -> None:
         super().__init__(num_features, axis_name=axis_name, **attributes)
+
+
+class BatchRenorm(BatchNorm):
+    """`vmapbn_flax.BatchRenorm` for NNX, with its attributes, those of `BatchNorm` and a statistic `count`."""
+
+    linen: ClassVar[type[batch_norm.BatchNorm]] = batch_renorm.BatchRenorm
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        r_max: float | Float[Array, ""] = 3.0,
+        d_max: float | Float[Array, ""] = 5.0,
+        warmup_steps: int | Int[Array, ""] = 5_000,
+        r_max_steps: int | Int[Array, ""] = 40_000,
+        d_max_steps: int | Int[Array, ""] = 25_000,
+        **attributes: Any,
+    ) -> None:
+        self.r_max = r_max
+        self.d_max = d_max
+        self.warmup_steps = warmup_steps
+        self.r_max_steps = r_max_steps
+        self.d_max_steps = d_max_steps
+        super().__init__(num_features, **attributes)
+
+
+class BatchedBatchRenorm(BatchRenorm, BatchedBatchNorm):
+    """`vmapbn_flax.BatchedBatchRenorm` for NNX, on a whole batch."""
+
+    linen: ClassVar[type[batch_norm.BatchNorm]] = batch_renorm.BatchedBatchRenorm
 
 
 def from_nnx(model: nnx.Module) -> dict[str, Any]:
