@@ -5,7 +5,6 @@ one of examples, with the batch axes alone, or one of positions, with the spatia
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -75,11 +74,11 @@ def _max_pool_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[A
     # The gradient of jnp.maximum and of jnp.max goes to what equals the result. A compiler may round the two sides of
     # that comparison differently, and then it goes nowhere, or is 0 / 0. A selection has no such comparison.
     (x,), (tangent,) = primals, tangents
-    left, *columns = _larger(_windows(x), -2)
-    top, *rows = _larger(jnp.where(left, *columns), -3)
+    left, a, b = _larger(_windows(x), -2)
+    top, a, b = _larger(jnp.where(left, a, b), -3)
     tangent = jnp.where(left, *_halves(_windows(tangent), -2))
     tangent = jnp.where(top, *_halves(tangent, -3))
-    return max_pool_relu(x), jnp.where(jnp.where(top, *rows) > 0, tangent, 0)
+    return max_pool_relu(x), jnp.where(jnp.where(top, a, b) > 0, tangent, 0)
 
 
 def pool_mask(mask: Mask | None, x: Array) -> Array | None:
@@ -116,7 +115,10 @@ def _convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Seque
 
     The gradients are those of the convolution: the product's own would copy the whole cotangent.
     """
-    convolve = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
+
+    def convolve(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
     height, width, channels, _ = kernel.shape
     if max(strides) > 1 or height * width * channels > _SMALL_PATCH:
         return convolve(x, kernel)
