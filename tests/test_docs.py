@@ -30,9 +30,9 @@ PROSE = ["docs/architecture.md", "docs/changelog.md", "docs/exactness.md", "docs
 
 
 def train_run(workdir):
-    """The run of configs/vmap_bn.py, for an epoch."""
+    """The run of configs/vmap_bn.py, for half an epoch."""
     config = vmap_bn.get_config()
-    config.optimizer.warmup_epochs, config.train.num_epochs = 0.1, 1.0
+    config.optimizer.warmup_epochs, config.train.num_epochs = 0.1, 0.5
     train(config, workdir)
 
 
