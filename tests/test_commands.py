@@ -33,6 +33,7 @@ LISTED = [
     "pip install -e '.[tensorflow]'",
     "pip install -e '.[dev]'",
     "pip install -e '.[peers]'",
+    "pip install -e '.[export]'",
     "python3 -m venv .venv",
     "source .venv/bin/activate",
     "pre-commit install",
@@ -43,6 +44,7 @@ LISTED = [
     "python train.py --config=configs/vmap_bn.py --config.data.name=idx --config.data.dir=fashion_mnist",
     "srun python train.py --config=configs/vmap_bn.py --config.distributed.coordinator=slurm",
     # These test, or other tests run them.
+    "python -m vmapbn_flax export runs/vmap_bn -o vmap_bn.pt",  # in test_docs.py, where PyTorch is installed
     "pytest",
     "pytest -n0 tests/training/test_steps.py",
     "pip download --no-deps --no-binary flax -d peers flax==0.12.8",
@@ -58,6 +60,7 @@ LISTED = [
     "python -m vmapbn_flax selftest --config=configs/tiny.py",
     "python tests/benchmarks/performance.py > docs/performance.md",
     "python tests/benchmarks/exactness.py > docs/exactness.md",
+    "python tests/benchmarks/folding.py",
     "python tests/benchmarks/scaling.py",
 ]
 

@@ -10,26 +10,22 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from tests.helpers import small
+from configs import tiny
+from tests.helpers import small, trained
 from tests.helpers.runs import command
 from tests.runs.test_export import mnist, read_onnx, read_stablehlo, read_torch
+from tests.test_docs import BLOCK, ROOT
 from vmapbn_flax import MLP, load_run
 from vmapbn_flax.cli import export
 from vmapbn_flax.cli.main import main
 
-TINY = "--config=configs/tiny.py"
-SHORT = ["--config.train.num_epochs=0.02", "--config.optimizer.warmup_epochs=0.0"]
 close = np.testing.assert_allclose
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run of nine steps."""
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["train", TINY, *SHORT, f"--workdir={path}"]) == 0
-    if sys.modules.get("torch", sys) is None:  # `train` makes its import fail, in what is the process of the tests here
-        del sys.modules["torch"]
-    return path
+    """A run on MNIST, with two checkpoints."""
+    return trained.write(tmp_path_factory.mktemp("runs") / "tiny", tiny.get_config(), small.mnist(), steps=(1, 2))
 
 
 @pytest.mark.parametrize("suffix", [".stablehlo", ".onnx", ".pt"])
@@ -64,10 +60,10 @@ def test_the_step_can_be_chosen_and_a_file_is_replaced(workdir, tmp_path, capsys
     safe_open = pytest.importorskip("safetensors").safe_open
     path = tmp_path / "file.safetensors"
     path.write_text("old")
-    for step in ("9", "best", "latest"):
+    for step in ("1", "best", "latest"):
         assert command(capsys, "export", workdir, f"--step={step}", "-o", path) == (0, [])
         with safe_open(path, "np") as file:
-            assert file.metadata()["step"] == "9"
+            assert file.metadata()["step"] == str(load_run(workdir, int(step) if step == "1" else step).step)
 
 
 ALONE = """
@@ -80,24 +76,22 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 """
-FIVE_LINES = """\
-import jax.export, numpy
-with open("tiny.stablehlo", "rb") as file:
-    predict = jax.export.deserialize(file.read()).call
-images = numpy.load("images.npy")
-numpy.save("probabilities.npy", predict(images))
-"""
 
 
-def test_a_program_for_jax_needs_nothing_of_this_project(workdir, tmp_path, capsys):
+def test_the_lines_of_the_docs_need_nothing_of_this_project(workdir, tmp_path, capsys):
     pytest.importorskip("flatbuffers")
-    assert command(capsys, "export", workdir, "-o", tmp_path / "tiny.stablehlo") == (0, [])
-    np.save(tmp_path / "images.npy", mnist(100))
+    assert command(capsys, "export", workdir, "-o", tmp_path / "vmap_bn.stablehlo") == (0, [])
+    image = mnist(1)[0]
+    np.save(tmp_path / "image.npy", image)
+    (lines,) = (block for block in BLOCK.findall((ROOT / "docs/using.md").read_text()) if "jax.export" in block)
+    assert len([line for line in lines.splitlines() if line]) == 5
+    script = f"{ALONE}\nimport numpy\nimage = numpy.load('image.npy')\n{lines}\nnumpy.save('found.npy', found)"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", ALONE + FIVE_LINES], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
-    close(np.load(tmp_path / "probabilities.npy"), load_run(workdir).predict(mnist(100)), rtol=0, atol=1e-5)
+    expected = load_run(workdir).predict(np.stack([image, 255 - image]))
+    close(np.load(tmp_path / "found.npy"), expected, rtol=0, atol=1e-5)
 
 
 BAD = {

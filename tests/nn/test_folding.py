@@ -75,7 +75,16 @@ def assert_equal_in_evaluation(network, images):
     return folded_variables
 
 
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+SLOW = ("resnet18", "batched resnet")  # whose layers the others have, too
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(network, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, network in NETWORKS.items()
+    ],
+)
 def test_folded_networks_compute_the_same(network):
     images = np.float32(small.mnist().test.images[:100]) / 255
     images = images.reshape(100, -1) if isinstance(network, MLP) else images[..., np.newaxis]
@@ -228,8 +237,17 @@ def test_a_network_without_norms_to_leave_out_is_refused():
     network = MLP(hidden=(3,), num_classes=2)
     variables = init(network, x)
     variables["batch_stats"]["norm_9"] = variables["batch_stats"]["norm_0"]
-    with pytest.raises(ValueError, match="MLP: got statistics of norm_9, which no batch norm uses"):
+    with pytest.raises(ValueError, match="MLP: got statistics of norm_9; expected only those of a BatchNorm that"):
         fold(network, variables, x)
+
+
+@pytest.mark.parametrize("var", [0.0, np.nan])
+def test_variances_that_are_not_positive_are_refused(var):
+    network = MLP(hidden=(3,), num_classes=2, norm=partial(BatchNorm, epsilon=0.0))
+    variables = init(network, np.ones(4))
+    variables["batch_stats"]["norm_0"]["var"] = np.float32([1, var, 1])
+    with pytest.raises(ValueError, match=f"cannot fold norm_0: got variances, with epsilon, down to {var}; expected"):
+        fold(network, variables, np.ones(4))
 
 
 def test_layers_in_a_stack_are_refused():

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_width
+from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_renorm, sweep_width
 from tests.helpers import small
 from tests.helpers.runs import command
-from vmapbn_flax import default_config
+from vmapbn_flax import default_config, load_run
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
@@ -190,11 +190,19 @@ def test_names_of_draws():
     assert all(0.25 <= float(name.split(",")[1].split("=")[1]) <= 0.251 for name in names)
 
 
-@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_width, sweep_best])
+@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best])
 def test_configs(module):
     members = expand(module.get_config())
-    sizes = {sweep_lr: [15], sweep_norm: [5, 5, 5], sweep_width: [3, 3, 3, 3], sweep_best: [24]}[module]
+    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24]}.get(module, [5, 5, 5])
     assert [len(together) for together in program_groups(members)] == sizes
+
+
+def test_members_share_a_program_that_freezes_its_norms_at_one_step():
+    config = small.config().unlock()
+    config.data.validation_size = 20
+    config.sweep.model.freeze_norm_after = (0.0, 1.0)
+    config.sweep.model.renorm_r_max = (2.0, 3.0)
+    assert [len(together) for together in program_groups(expand(config))] == [2, 2]
 
 
 BAD = [
@@ -342,6 +350,21 @@ def test_a_member_keeps_its_best_checkpoint(eight):
             best_steps.add(best["step"])
             assert validation_accuracy(eight[0] / name, best["step"]) == best["validation_accuracy"]
     assert best_steps - {STEPS}
+
+
+def test_a_member_is_loaded_like_any_run(eight):
+    """At its best checkpoint, which predicts what it was evaluated with; the sweep itself names one that can be."""
+    names = ledger_of(eight[0])["members"]
+    best = {name: json.loads((eight[0] / name / "summary.json").read_text()) for name in names}
+    with pytest.raises(RunError, match=r"Choose one of its 8 members, such as (.*), the best so far") as error:
+        load_run(eight[0])
+    named = Path(re.search("such as (.*), the best", str(error.value))[1])
+    assert best[named.name]["best_metric"] == max(summary["best_metric"] for summary in best.values())
+    loaded = load_run(named)
+    assert loaded.step == best[named.name]["best_step"]
+    validation = small.dataset(20).validation
+    right = loaded.predict(validation.images).argmax(-1) == validation.labels
+    assert np.float32(right.mean()) == np.float32(loaded.figures["validation_accuracy"])
 
 
 def test_a_diverged_member_keeps_its_best_checkpoint(tmp_path):

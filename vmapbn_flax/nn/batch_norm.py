@@ -29,7 +29,7 @@ Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
 
 
 class Correction(NamedTuple):
-    """What a normalised value is multiplied by, and what is then added to it: `d` and `r` of Ioffe, 2017."""
+    """What a normalised value is multiplied by, and what is then added to it: r and d of batch renormalisation."""
 
     factor: Float[Array, " features"]
     shift: Inexact[Array, " features"]
@@ -168,11 +168,11 @@ class BatchNorm(nn.Module):
         else:
             centred, var = x - running["mean"].value, running["var"].value
             broadcast = jnp.asarray
-        multiplier, shift = inverse_sqrt(var + self.epsilon), bias
+        multiplier, shift = inverse_sqrt(jnp.asarray(var + self.epsilon)), bias
         if correction is not None:
             multiplier = multiplier * correction.factor
-            shift = correction.shift if scale is None else correction.shift * scale
-            shift = shift if bias is None else shift + bias
+            added = correction.shift if scale is None else correction.shift * scale
+            shift = added if bias is None else added + bias
         if scale is not None:
             multiplier = multiplier * scale
         y = centred * broadcast(multiplier)

@@ -73,7 +73,7 @@ class BatchRenorm(BatchNorm):
 class BatchedBatchRenorm(BatchRenorm, BatchedBatchNorm):
     """`BatchRenorm` on a whole batch, `(batch, *spatial, features)`, as `BatchedBatchNorm` is `BatchNorm` on one."""
 
-    axis_name: AxisName = ()
+    axis_name: AxisName | None = ()
 
 
 def _within(x: Inexact[Array, " features"], limit: Float[Array, ""]) -> Inexact[Array, " features"]:

@@ -82,10 +82,13 @@ def fold(network: nn.Module, variables: Mapping[str, Any], x: Any) -> tuple[nn.M
             kernel, bias = kernel * multiplier[:, None], bias + shifts.sum(tuple(range(kernel.ndim - 1)))
         params |= {(*linear, "kernel"): kernel, (*linear, "bias"): bias}
     if statistics:
-        raise ValueError(f"{label}: got statistics of {_spell(min(statistics)[:-1])}, which no batch norm uses.")
+        left = _spell(min(statistics)[:-1])
+        raise ValueError(
+            f"{label}: got statistics of {left}; expected only those of a BatchNorm that evaluation calls."
+        )
 
     others = {name: tree for name, tree in variables.items() if name not in _FOLDED}
-    _require_takes(folded, others, params, x)
+    _require_same_layers(folded, others, params, x)
     _require_agreement(network, variables, folded, {**others, "params": unflatten_dict(params)}, x)
     types = {path: leaf.dtype for path, leaf in flatten_dict(dict(variables["params"])).items()}
     narrow = {path: leaf.astype(types.get(path, types[*path[:-1], "kernel"])) for path, leaf in params.items()}
@@ -158,7 +161,13 @@ def _affine(label: str, call: _Call, params: Leaves, statistics: Leaves) -> tupl
             f"{label}: cannot fold {_spell(call.path)}: got statistics of shape {found['mean'].shape} for "
             f"{call.x.shape[-1]} features; expected those of one layer, not of several in a stack."
         )
-    multiplier = found.get("scale", 1) / np.sqrt(found["var"] + float(call.layer.epsilon))
+    variances = found["var"] + float(call.layer.epsilon)
+    if not np.all(variances > 0):
+        raise ValueError(
+            f"{label}: cannot fold {_spell(call.path)}: got variances, with epsilon, down to {variances.min()}; "
+            f"expected positive ones."
+        )
+    multiplier = found.get("scale", 1) / np.sqrt(variances)
     return multiplier, found.get("bias", 0) - found["mean"] * multiplier
 
 
@@ -177,7 +186,7 @@ def _wide(tree: Any) -> Leaves:
     return {path: widen(np.asarray(leaf)) for path, leaf in flatten_dict(dict(tree)).items()}
 
 
-def _require_takes(folded: nn.Module, others: Mapping[str, Any], params: Leaves, x: Any) -> None:
+def _require_same_layers(folded: nn.Module, others: Mapping[str, Any], params: Leaves, x: Any) -> None:
     """Refuses a network with `norm=None` that has other layers than those of `params`, or no biases."""
     label = f"{type(folded).__name__} with norm=None"
     try:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vmapbn_flax.errors import RunError, UserError
+from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import require_shallow
 from vmapbn_flax.runs.checkpointer import make_reader, make_saver, save_items
 from vmapbn_flax.runs.console import say
@@ -140,7 +140,7 @@ def restore_part(directory: Path, step: int, make_template: Callable[[Meta], Sta
 
     Raises:
       RunError: as `restore`.
-      UserError: `make_template` raises it.
+      Exception: `make_template` raises it.
     """
     try:
         return _read(directory / str(step), make_template, whole=False)
@@ -190,9 +190,9 @@ def _read(path: Path, make_template: Callable[[Meta], State], *, whole: bool = T
 
     Unless `whole`, the template is that of a part of the state, and only this part is read.
     """
-    try:
-        require_whole(path)
-        with make_reader() as checkpointer:
+    with make_reader() as checkpointer:
+        with _damage(path):
+            require_whole(path)
             meta = checkpointer.restore(path.absolute(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             if "runs" not in meta:
                 raise ValueError("it was saved by an earlier version of this program")
@@ -205,7 +205,8 @@ def _read(path: Path, make_template: Callable[[Meta], State], *, whole: bool = T
             ):
                 raise ValueError("runs without rows and configs")
             count = len(runs)
-            template = make_template(meta)
+        template = make_template(meta)
+        with _damage(path):
             saved_as = dict(ocp.StandardCheckpointHandler().metadata(path.absolute() / "state"))
             if not whole:
                 parts = {name.partition("/")[0] for name in named_leaves(template)}
@@ -214,14 +215,21 @@ def _read(path: Path, make_template: Callable[[Meta], State], *, whole: bool = T
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
             state = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=not whole))
             arrays = checkpointer.restore(path.absolute(), args=state)["state"]
-    except UserError:
+    if count > 1:  # many processes also save the rows that pad the members to the devices
+        arrays = {name: array[:count] for name, array in arrays.items()}
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named_leaves(template)]), meta
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns what reading the checkpoint `path` raises into a DamagedError, but for a RunError."""
+    try:
+        yield
+    except RunError:
         raise
     # Damage raises a different exception in each layer below, `Exception` itself included.
     except Exception as error:
         raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
-    if count > 1:  # many processes also save the rows that pad the members to the devices
-        arrays = {name: array[:count] for name, array in arrays.items()}
-    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named_leaves(template)]), meta
 
 
 def _partial(path: Path) -> Path:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
-from vmapbn_flax.networks import attributes, import_network, in_form
+from vmapbn_flax.networks import BUILT_IN, attributes, import_network, in_form
 from vmapbn_flax.nn import VmapBatch, fold
 from vmapbn_flax.runs.checkpoints import Meta, restore_part, saved_steps
 from vmapbn_flax.runs.inputs import require_images
@@ -143,7 +143,12 @@ def load_run(
         made.update(_read_data(meta, found))
         num_classes = len(made["class_names"])
         made["network"] = _make_network(network, config.model, num_classes)
-        return _template(made["network"], made["image_shape"], num_classes)
+        try:
+            return _template(made["network"], made["image_shape"], num_classes)
+        except ValueError as error:
+            if config.model.name not in BUILT_IN:
+                raise  # with the traceback, which its author needs
+            raise UsageError(f"config.model: {error}") from error
 
     step = _choose_step(found, step, config)
     variables, _ = restore_part(found.checkpoints, step, make_template)
@@ -212,6 +217,7 @@ def _template(network: nn.Module, image_shape: tuple[int, ...], num_classes: int
 def _figures(workdir: Workdir, step: int) -> dict[str, float | int | None]:
     """The figures of the evaluation at `step`."""
     if workdir.is_refreshed:
-        return dict(read_json(workdir.refresh).get("after", {}))
+        after = read_json(workdir.refresh).get("after")
+        return after if isinstance(after, dict) else {}
     rows = [row for row in workdir.read_rows() if row["step"] == step]
     return {name: row[name] for row in rows for name in row if name.startswith(("validation_", "test_"))}
