@@ -19,7 +19,7 @@ from vmapbn_flax.data.arrays import border
 from vmapbn_flax.data.images import SUFFIXES, read_converted
 from vmapbn_flax.data.npz import read_array
 from vmapbn_flax.errors import UsageError
-from vmapbn_flax.files import require_writable, write_whole
+from vmapbn_flax.files import write_whole
 from vmapbn_flax.runs.console import say, table
 from vmapbn_flax.runs.inputs import require_images
 from vmapbn_flax.runs.trained import TrainedRun, load_run
