@@ -70,8 +70,8 @@ def compilations():
     with pytest.MonkeyPatch.context() as patch:
         original = steps.make_train_step
 
-        def make_train_step(*settings):
-            step = original(*settings)
+        def make_train_step(*settings, **frozen):
+            step = original(*settings, **frozen)
 
             def traced(*arguments):
                 compiled.append(settings)
