@@ -26,6 +26,10 @@ class MetricWriter:
         self._log.append({"step": step, **finite(scalars)})
         self._events.add_scalars(scalars, step)
 
+    def write_histograms(self, step: int, percentiles: Mapping[str, Sequence[float]]) -> None:
+        """Fills TensorBoard's tabs of distributions and histograms; each has the percentiles 0 to 100."""
+        self._events.add_histograms(percentiles, step)
+
     def write_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
         """Fills TensorBoard's hparams tab, which shows the last of each of the scalars `metrics`."""
         self._events.add_hparams(hparams, metrics)

@@ -11,6 +11,7 @@ from vmapbn_flax.runs.checkpoints import versions
 from vmapbn_flax.runs.metric_writer import MetricWriter, finite
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.metrics import TrainMetrics, compute
+from vmapbn_flax.training.watch import Percentiles
 
 
 class Record:
@@ -70,9 +71,11 @@ class Record:
             figures["skipped_steps"] = skipped_steps
         self._write(step, {**figures, "learning_rate": learning_rate})
 
-    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
-        """Writes an evaluation row."""
+    def evaluated(self, step: int, figures: Mapping[str, float], watched: Percentiles | None = None) -> None:
+        """Writes an evaluation row, and TensorBoard's histograms of what is watched."""
         self._write(step, figures)
+        if self._writer and watched:
+            self._writer.write_histograms(step, watched)
 
     def _write(self, step: int, figures: Mapping[str, float]) -> None:
         self.rows.append({"step": step, **finite(figures)})

@@ -28,6 +28,7 @@ from vmapbn_flax.training.optimizer import learning_rate
 from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
 from vmapbn_flax.training.stream import Stream
+from vmapbn_flax.training.watch import Percentiles, make_watch, require_watched
 
 _STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
 _VARIABLES = (0, 1, 2)  # and which of evaluation: parameters, statistics, hyperparameters
@@ -76,6 +77,8 @@ class Programs:
         splits = {"validation": dataset.validation, "test": dataset.test}
         self._eval_splits = {name: split for name, split in splits.items() if split is not None}
         self._set_members(configs)
+        require_watched(config, dataset.num_classes, dataset.train.image_shape)
+        self._watched = dataset.test[: config.train.eval_batch_size]
         self._make_programs(config, dataset)
         self._stream = None
         if dataset.streamed:
@@ -108,6 +111,7 @@ class Programs:
         evaluate = steps.make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
         population = make_population_statistics(model, train.eval_batch_size, num_classes, self.layout)
         gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
+        watch = make_watch(model, train.watch, len(self._watched), train.eval_batch_size, num_classes, self.layout)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
         make, over = partial(Program, sharding=self._sharding), self._members.map
@@ -122,6 +126,7 @@ class Programs:
         else:
             train = over(steps.make_train_steps(train_step, take_batch), training)
         self._create = make("create", self._members.map_at_once(self._create_one), optimise=False)
+        self._watch = make("watch", over(watch, _VARIABLES), trace_in_thread=True) if config.train.watch else None
         self._train = make("train", train, donate=(_STATE,))
         self._gradients = make("gradients", over(gradients, training))
         self._evaluate = {
@@ -252,6 +257,9 @@ class Programs:
         for name, program in self._evaluate.items():
             if name not in self.compiler:
                 self.compiler.start(program, (state.params, state.batch_stats, self.hyper, *self._data[name]))
+        if self._watch and self._watch.name not in self.compiler:
+            arguments = (state.params, state.batch_stats, self.hyper, *self._data["test"])
+            self.compiler.start(self._watch, arguments)
 
     def measure(self, state: TrainState) -> list[dict[str, EvalMetrics]]:
         """Each member's metrics on the validation split, if there is one, and on the test split, on every host."""
@@ -267,6 +275,17 @@ class Programs:
 
         with contextlib.closing(self._stream.batches(self._eval_splits[name])) as batches:
             return functools.reduce(EvalMetrics.merge, map(measure, batches))  # in the order of the program's own loop
+
+    def watch(self, state: TrainState) -> list[Percentiles]:
+        """Each member's percentiles of what `config.train.watch` names, on every host."""
+        if self._watch is None:
+            return [{} for _ in range(self.count)]
+        call = partial(self.compiler.call, self._watch, state.params, state.batch_stats, self.hyper)
+        if self._stream is None:
+            return self.split(call(*self._data["test"]))
+        with contextlib.closing(self._stream.batches(self._watched)) as batches:
+            images, labels, _ = next(batches)
+        return self.split(call(images, labels))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """The `figures` of a single run."""
