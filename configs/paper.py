@@ -17,6 +17,6 @@ def get_config():
     config.train.log_every = 1000
     config.train.watch = tuple(f"pre_activation_2[{unit}]" for unit in range(5))
     config.sweep.model.norm = ("none", "vmap")
-    config.sweep.optimizer.learning_rate = (0.01, 0.1, 1.0)
+    config.sweep.optimizer.learning_rate = (0.1, 1.0)
     config.sweep.seed = (0, 1, 2)
     return config
