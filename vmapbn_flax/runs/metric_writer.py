@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from vmapbn_flax.files import AppendLog
 from vmapbn_flax.runs.workdir import Workdir
 
@@ -26,7 +28,7 @@ class MetricWriter:
         self._log.append({"step": step, **finite(scalars)})
         self._events.add_scalars(scalars, step)
 
-    def write_histograms(self, step: int, percentiles: Mapping[str, Sequence[float]]) -> None:
+    def write_histograms(self, step: int, percentiles: Mapping[str, np.ndarray]) -> None:
         """Fills TensorBoard's tabs of distributions and histograms; each has the percentiles 0 to 100."""
         self._events.add_histograms(percentiles, step)
 

@@ -31,12 +31,12 @@ class EventFile(AppendFile):
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._append(step=step, summary=Summary(value=values))
 
-    def add_histograms(self, percentiles: Mapping[str, Sequence[float]], step: int) -> None:
+    def add_histograms(self, percentiles: Mapping[str, np.ndarray], step: int) -> None:
         """Adds a histogram of each, with a hundredth of the values between two percentiles; none with a NaN."""
         values = []
         for tag, limits in percentiles.items():
             if np.isfinite(limits).all():
-                middles = (np.asarray(limits[1:]) + limits[:-1]) / 2
+                middles = (limits[1:] + limits[:-1]) / 2
                 histogram = HistogramProto(min=limits[0], max=limits[-1], num=len(middles))
                 histogram.sum, histogram.sum_squares = middles.sum(), (middles**2).sum()
                 histogram.bucket_limit.extend(map(float, limits))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Int, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import UsageError
@@ -20,7 +20,7 @@ from vmapbn_flax.training.state import create_state
 
 LOGGED = (15, 50, 85)  # percentiles, as in figure 1 of Ioffe & Szegedy (2015)
 
-Percentiles = dict[str, Float[Any, "101"]]  # from the 0th to the 100th, by the name in `config.train.watch`
+Percentiles = dict[str, Any]  # from the 0th to the 100th, `(101,)`, by the name in `config.train.watch`
 
 
 def make_watch(
