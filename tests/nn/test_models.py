@@ -444,9 +444,8 @@ def test_too_few_axes():
 
 def test_kernels_of_a_standard_deviation():
     network = MLP(hidden=(300, 200), num_classes=100, norm=None, kernel_std=0.05)
-    kernels = [
-        leaf["kernel"] for leaf in network.init(jax.random.key(0), jnp.ones(400), train=False)["params"].values()
-    ]
+    variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), jnp.ones(400))
+    kernels = [layer["kernel"] for layer in variables["params"].values()]
     assert [kernel.shape for kernel in kernels] == [(400, 300), (300, 200), (200, 100)]
     for kernel in kernels:  # its standard error is std / sqrt(2 n)
         np.testing.assert_allclose(jnp.std(kernel), 0.05, rtol=4 / np.sqrt(2 * kernel.size))
@@ -464,8 +463,8 @@ class Denses(nn.Module):
 
 
 def test_kernels_are_those_of_flax_by_default():
-    expected = Denses().init(jax.random.key(3), jnp.ones(4))["params"]
-    got = MLP(**SIZES).init(jax.random.key(3), jnp.ones(4), train=False)["params"]
+    expected = jax.jit(Denses().init)(jax.random.key(3), jnp.ones(4))["params"]
+    got = jax.jit(partial(MLP(**SIZES).init, train=False))(jax.random.key(3), jnp.ones(4))["params"]
     for name, leaves in expected.items():
         np.testing.assert_array_equal(got[name]["kernel"], leaves["kernel"])
 
@@ -476,12 +475,9 @@ def test_inputs_of_the_sigmoids_are_sown(name):
     network, x = NETWORKS[name], normal(7, 4)
     variables = init(network, x)
     _, kept = network.apply(variables, x, train=False, capture_intermediates=True)
-    last = "dense" if name == "plain" else "norm"
+    kept, last = kept["intermediates"], "dense" if name == "plain" else "norm"
     for i, width in enumerate(SIZES["hidden"]):
-        (sown,), (given,) = (
-            kept["intermediates"][f"pre_activation_{i}"],
-            kept["intermediates"][f"{last}_{i}"]["__call__"],
-        )
+        (sown,), (given,) = kept[f"pre_activation_{i}"], kept[f"{last}_{i}"]["__call__"]
         assert sown.shape == (7, width)
         np.testing.assert_array_equal(sown, given)
     assert set(variables) <= {"params", "batch_stats"}
