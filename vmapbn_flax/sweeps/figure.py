@@ -56,7 +56,7 @@ def plot_figure(workdir: Workdir) -> None:
         panels[1].sharey(panels[0])
         panels[1].sharex(panels[0])
         for axes in figure.axes:
-            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         write_picture(figure, workdir.figure)
 
