@@ -1,5 +1,8 @@
 """ResNet-20, four times as wide, on CIFAR-10 for a GPU: a folder of images, train/<class>/*.jpg and test/<class>/*.jpg.
 
+90.99 % of the test images of CIFAR-10 as JPEG files (mean of the seeds 0 to 2; the deviation is 0.17 %), in two minutes
+on an NVIDIA H200; docs/gpu.md has the curve.
+
 python train.py --config=configs/cifar10_resnet.py --config.data.dir=cifar10
 python train.py --config=configs/cifar10_resnet.py --config.data.name=cifar10 --config.data.dir=""
 """

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 
+import PIL.Image
 import pytest
 
 from tests.helpers.runs import command
@@ -32,6 +33,7 @@ LISTED = [
     "pip install -e '.[tensorflow]'",
     "pip install -e '.[dev]'",
     "pip install -e '.[peers]'",
+    "pip install -e '.[export]'",
     "python3 -m venv .venv",
     "source .venv/bin/activate",
     "pre-commit install",
@@ -42,6 +44,7 @@ LISTED = [
     "python train.py --config=configs/vmap_bn.py --config.data.name=idx --config.data.dir=fashion_mnist",
     "srun python train.py --config=configs/vmap_bn.py --config.distributed.coordinator=slurm",
     # These test, or other tests run them.
+    "python -m vmapbn_flax export runs/vmap_bn -o vmap_bn.pt",  # in test_docs.py, where PyTorch is installed
     "pytest",
     "pytest -n0 tests/training/test_steps.py",
     "pytest -m slow",
@@ -53,6 +56,7 @@ LISTED = [
     "python -m vmapbn_flax selftest --config=configs/tiny.py",
     "python tests/benchmarks/performance.py > docs/performance.md",
     "python tests/benchmarks/exactness.py > docs/exactness.md",
+    "python tests/benchmarks/folding.py",
     "python tests/benchmarks/scaling.py",
     "python tests/benchmarks/smoothness.py",
 ]
@@ -93,6 +97,9 @@ def clone(tmp_path, monkeypatch):
     for name in ("configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs").mkdir()
+    for folder in ("chalk", "paper"):  # the images of docs/using.md
+        (tmp_path / folder).mkdir()
+        PIL.Image.new("RGB", (20, 30), "white").save(tmp_path / folder / "three.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         ConvNet,
         ResNet,
         VmapBatch,
+        fold,
     )
+    from vmapbn_flax.runs.trained import load_run
 
     __version__: str
 
@@ -33,6 +35,8 @@ __all__ = [
     "ResNet",
     "VmapBatch",
     "default_config",
+    "fold",
+    "load_run",
 ]
 
 
@@ -42,6 +46,10 @@ def __getattr__(name: str) -> object:
         from vmapbn_flax.defaults import default_config
 
         return default_config
+    if name == "load_run":
+        from vmapbn_flax.runs.trained import load_run
+
+        return load_run
     if name in __all__:
         from vmapbn_flax import nn
 

@@ -92,7 +92,8 @@ def refuse_untrusted(name: str) -> None:
         name = displayed(name)
         raise UsageError(
             f"config.model.name: got {name!r} from a workdir, which must not name code to run. If you trust that "
-            f"code, name it yourself: --config.model.name={name} for train, --network={name} for evaluate and refresh"
+            f"code, name it yourself: --config.model.name={name} for train, --network={name} for evaluate, refresh and "
+            f"predict, network={name!r} for load_run"
         )
 
 
@@ -180,7 +181,7 @@ def import_network(name: str, *, batched: bool = False) -> Any:
             f"{f'. Did you mean {close[0]}?' if close else ''}"
         )
     found = getattr(module, class_name)
-    _require_network(found, name)
+    require_network(found, name)
     if not batched:
         return found
     twin = getattr(module, f"Batched{class_name}", None)
@@ -190,11 +191,16 @@ def import_network(name: str, *, batched: bool = False) -> Any:
             f"expected it there: the network for a whole batch, with the same variables. Write it, or train with "
             f"--config.model.norm=vmap"
         )
-    _require_network(twin, f"{module_name}:Batched{class_name}")
+    require_network(twin, f"{module_name}:Batched{class_name}")
     return twin
 
 
-def _require_network(found: Any, name: str) -> None:
+def require_network(found: Any, name: str) -> None:
+    """Checks that `found`, which `name` names, is a network's class.
+
+    Raises:
+      UsageError: it is not.
+    """
     from flax import linen as nn  # here, since reading a config must not take the time of importing JAX
 
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

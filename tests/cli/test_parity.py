@@ -9,7 +9,7 @@ from vmapbn_flax.cli import parity as module
 from vmapbn_flax.cli.parity import compare, parity
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.training import network, steps
-from vmapbn_flax.training.state import named_leaves
+from vmapbn_flax.training.trees import named_leaves
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 

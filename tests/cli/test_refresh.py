@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
+from vmapbn_flax import load_run
 from vmapbn_flax.cli import evaluate as evaluate_module
 from vmapbn_flax.cli import refresh as module
 from vmapbn_flax.cli.evaluate import evaluate
@@ -78,6 +79,16 @@ def test_figures(refreshed):
     assert figures["after"]["test_loss"] < figures["before"]["test_loss"]
     saved = json.loads((workdir / "refreshed" / "refresh.json").read_text())
     assert saved == {"step": 23, **figures}
+
+
+def test_it_is_loaded_like_any_run(refreshed):
+    """At its figures, which what it predicts of the test images gives, too."""
+    workdir, figures = refreshed
+    loaded, test = load_run(workdir / "refreshed"), small.mnist().test
+    assert (loaded.step, loaded.figures) == (23, figures["after"])
+    right = loaded.predict(test.images).argmax(-1) == test.labels
+    assert np.float32(right.mean()) == np.float32(figures["after"]["test_accuracy"])
+    assert load_run(workdir).figures == figures["before"]
 
 
 def test_training_refuses_it(refreshed):

@@ -13,7 +13,7 @@ import pytest
 from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_width
 from tests.helpers import small
 from tests.helpers.runs import command
-from vmapbn_flax import default_config
+from vmapbn_flax import default_config, load_run
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import flat, validate
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
@@ -342,6 +342,21 @@ def test_a_member_keeps_its_best_checkpoint(eight):
             best_steps.add(best["step"])
             assert validation_accuracy(eight[0] / name, best["step"]) == best["validation_accuracy"]
     assert best_steps - {STEPS}
+
+
+def test_a_member_is_loaded_like_any_run(eight):
+    """At its best checkpoint, which predicts what it was evaluated with; the sweep itself names one that can be."""
+    names = ledger_of(eight[0])["members"]
+    best = {name: json.loads((eight[0] / name / "summary.json").read_text()) for name in names}
+    with pytest.raises(RunError, match=r"Choose one of its 8 members, such as (.*), the best so far") as error:
+        load_run(eight[0])
+    named = Path(re.search("such as (.*), the best", str(error.value))[1])
+    assert best[named.name]["best_metric"] == max(summary["best_metric"] for summary in best.values())
+    loaded = load_run(named)
+    assert loaded.step == best[named.name]["best_step"]
+    validation = small.dataset(20).validation
+    right = loaded.predict(validation.images).argmax(-1) == validation.labels
+    assert np.float32(right.mean()) == np.float32(loaded.figures["validation_accuracy"])
 
 
 def test_a_diverged_member_keeps_its_best_checkpoint(tmp_path):

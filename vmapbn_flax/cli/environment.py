@@ -17,7 +17,7 @@ _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entr
 
 
 def prepare() -> None:
-    """Makes all changes but that of `forgo_torch`; to be called before JAX is imported."""
+    """Makes the changes of every command; to be called before JAX is imported."""
     atexit.register(gc.freeze)  # a search of JAX for garbage at exit takes half a second
     keep_compiled_programs()
     _quieten_orbax()
@@ -36,6 +36,11 @@ def import_from_here() -> None:
 def forgo_torch() -> None:
     """Makes `import torch` fail, unless torch is loaded: tensorboardX would import it for two seconds, for nothing."""
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None: the import fails
+
+
+def quieten_pillow() -> None:
+    """Filters Pillow's warnings, of damaged parts of images that it can do without."""
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _quieten_orbax() -> None:

@@ -41,5 +41,5 @@ def evaluate(
             raise UsageError(f"--norm={norm}: got a run without batch norm, {workdir}, expected one with it")
         config.model.norm = norm
     programs = Programs([config], load_dataset(config.data))
-    state = load_state(run_workdir, step, programs)
+    state = load_state(run_workdir, step, programs.template())
     return {"step": int(state.step), **programs.evaluate(state)}

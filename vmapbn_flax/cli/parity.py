@@ -20,7 +20,8 @@ from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.console import table
 from vmapbn_flax.training.metrics import TrainMetrics, compute
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import TrainState, named_leaves
+from vmapbn_flax.training.state import TrainState
+from vmapbn_flax.training.trees import named_leaves
 
 _STEPS = 100
 _FLOOR = 0.01  # of the largest entry of a tree: below it an array may be nothing but rounding

@@ -25,6 +25,20 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _step(text: str) -> int | str:
+    if text in ("best", "latest"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected the number of a step, best or latest")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 1")
+    return int(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.format_usage()}")
@@ -73,6 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     workdir: dict[str, Any] = {"type": _path, "metavar": "workdir", "help": "of a run, such as runs/vmap_bn"}
     step: dict[str, Any] = {"type": int, "help": "of the checkpoint; default: the newest"}
+    choice: dict[str, Any] = {
+        "type": _step,
+        "help": "of the checkpoint, or best, or latest; default: the best that was evaluated",
+    }
     network: dict[str, Any] = {
         "metavar": "MODULE:CLASS",
         "help": "the run's network, if it is a module of your own: a workdir cannot have code imported",
@@ -90,6 +108,44 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("workdir", **workdir)
     command.add_argument("--step", **step)
     command.add_argument("--network", **network)
+
+    command = add(
+        "predict",
+        "name the classes of images",
+        "Takes PNG and JPEG files, folders of them, and arrays in .npy and .npz files. Images of another size\n"
+        "or mode are converted, and it says so. Exits with 1 if a file cannot be read.",
+    )
+    command.add_argument("workdir", **workdir)
+    command.add_argument("images", nargs="+", type=_path, metavar="image", help="a file or a folder")
+    command.add_argument("--step", **choice)
+    command.add_argument("--network", **network)
+    command.add_argument("--top", type=_count, default=3, metavar="N", help="how many classes to show; default: 3")
+    command.add_argument("--csv", type=_path, metavar="FILE", help="writes the probabilities of all classes")
+    command.add_argument("--strict", action="store_true", help="refuses images that would have to be converted")
+    command.add_argument(
+        "--invert", action="store_true", help="exchanges dark and bright, as for ink on paper where chalk was learned"
+    )
+
+    for name, summary, more in (
+        ("export", "write a trained network for other programs", ""),
+        (
+            "fold",
+            "export a network without its batch norms",
+            "They move into the layers before them, and the predictions stay the same.",
+        ),
+    ):
+        command = add(name, summary, more)
+        command.add_argument("workdir", **workdir)
+        command.add_argument(
+            "-o",
+            "--output",
+            type=_path,
+            required=True,
+            metavar="FILE",
+            help="a file that ends in .stablehlo (for JAX), .safetensors (variables), .pt (PyTorch) or .onnx",
+        )
+        command.add_argument("--step", **choice)
+        command.add_argument("--network", **network)
 
     add(
         "parity",

@@ -50,7 +50,7 @@ def refresh(path: Path, step: int | None = None, network: str | None = None) -> 
             f"Where there is memory, raise it in {workdir.config}."
         )
     programs = Programs([config], dataset)
-    state = load_state(workdir, step, programs)
+    state = load_state(workdir, step, programs.template())
     refreshed = state.replace(batch_stats=programs.population_statistics(state))
     figures = {"before": programs.evaluate(state), "after": programs.evaluate(refreshed)}
 
@@ -60,6 +60,6 @@ def refresh(path: Path, step: int | None = None, network: str | None = None) -> 
     output.write(output.refresh, {"step": int(state.step), **figures})
     output.write(output.config, config.to_dict())
     with contextlib.closing(Checkpoints(output.checkpoints)) as checkpoints:
-        meta = {"runs": [{"name": "", "config": config.to_dict(), "rows": 0}]}
+        meta = {"data": programs.described, "runs": [{"name": "", "config": config.to_dict(), "rows": 0}]}
         checkpoints.save(int(state.step), programs.snapshot(refreshed), meta)
     return figures

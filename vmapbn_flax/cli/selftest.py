@@ -26,7 +26,7 @@ from vmapbn_flax.runs.loading import load_state
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import named_leaves
+from vmapbn_flax.training.trees import named_leaves
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
@@ -112,7 +112,7 @@ def _train(flags: Sequence[str], workdir: Workdir, *, stop: bool = False) -> str
 
 def _end(workdir: Workdir, programs: Programs) -> list[tuple[str, str, dict[str, bytes]]]:
     """The results of a run: of each, what it is, the unit of its parts, and its parts by name."""
-    state = load_state(workdir, None, programs)
+    state = load_state(workdir, None, programs.template())
     arrays = {name: leaf.tobytes() for name, leaf in named_leaves(state).items()}
     lines, summary = read_lines(workdir.metrics), read_json(workdir.summary)
     del summary["seconds"]

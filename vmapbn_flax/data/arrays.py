@@ -6,13 +6,15 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Integer, UInt8
+from jaxtyping import Float, Int32, Integer, Shaped, UInt8
 
 from vmapbn_flax.errors import UsageError
 
 _SAMPLE = 256  # examples that a fingerprint looks at in files
+_FEW = 16  # examples whose borders are looked at
 _BLOCK = 1024  # examples in one read; one at a time takes three times as long
 
 
@@ -123,10 +125,34 @@ class Dataset:
         """The smallest `data.memory_limit` that admits this data set, rounded up to a hundredth."""
         return math.ceil(self.nbytes / 1e7) / 100
 
+    def described(self) -> dict[str, Any]:
+        """What has to be known of the data where a trained network is used without them, as JSON.
+
+        `border` is the mean of the outermost pixels of a few training images, from 0 to 1.
+
+        Raises:
+          UsageError: one of these images cannot be read.
+        """
+        rows = np.linspace(0, len(self.train) - 1, min(len(self.train), _FEW)).astype(np.int64)
+        return {
+            "image_shape": list(self.train.image_shape),
+            "class_names": list(self.class_names),
+            "border": round(float(border(self.train.read(rows).images).mean()), 3),
+        }
+
     def fingerprint(self) -> dict[str, str]:
         """`Examples.fingerprint` of each split."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split.fingerprint() for name, split in splits.items() if split is not None}
+
+
+def border(images: Shaped[np.ndarray, "examples height width *channels"]) -> Float[np.ndarray, " examples"]:
+    """The mean of the outermost pixels of each image, from 0 to 1, of images in uint8 or in floats."""
+    outermost = np.ones(images.shape[1:3], bool)
+    outermost[1:-1, 1:-1] = False
+    pixels = images[:, outermost]  # (examples, pixels, *channels)
+    mean = pixels.mean(tuple(range(1, pixels.ndim)), dtype=np.float64)
+    return mean / 255 if images.dtype == np.uint8 else mean
 
 
 def expanded(name: str) -> Path:

@@ -13,8 +13,13 @@ def binarised(examples: Examples, threshold: float) -> Examples:
 
     Each channel of a colour image counts by itself. Examples in files are changed when they are read.
     """
-    least = int(np.sum(np.arange(256, dtype=np.float32) / 255 < np.float32(threshold)))  # the first that becomes 255
+    least = least_white(threshold)
     return _binarised(examples, least) if isinstance(examples, Split) else Binarised(examples, least)
+
+
+def least_white(threshold: float) -> int:
+    """The least intensity that `threshold` makes white."""
+    return int(np.sum(np.arange(256, dtype=np.float32) / 255 < np.float32(threshold)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,10 @@ from jaxtyping import Int32, Integer
 
 from vmapbn_flax.data.arrays import Dataset, Examples, Split
 from vmapbn_flax.data.cache import decoded
-from vmapbn_flax.data.images import image_shape, read_image
+from vmapbn_flax.data.images import SUFFIXES, image_shape, read_image
 from vmapbn_flax.data.splits import hold_out, permutation, require_test
 from vmapbn_flax.errors import UsageError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 _LARGE = 128 * 128  # pixels, from which on decoding in threads beats their quarrel over the interpreter's lock
 _THREADS = 8
 
@@ -140,9 +139,9 @@ def _images(folder: Path) -> list[str]:
     """The names of the images of a class, sorted."""
     with _scanned(folder) as entries:
         found = {entry.name: entry.is_file() for entry in entries if not entry.name.startswith(".")}
-    if others := [name for name in found if not (found[name] and name.lower().endswith(_SUFFIXES))]:
+    if others := [name for name in found if not (found[name] and name.lower().endswith(SUFFIXES))]:
         raise UsageError(
-            f"{folder / min(others)}: got another kind of file; expected {', '.join(_SUFFIXES)} alone. Convert it, or "
+            f"{folder / min(others)}: got another kind of file; expected {', '.join(SUFFIXES)} alone. Convert it, or "
             f"move it elsewhere."
         )
     if not found:

@@ -4,6 +4,7 @@ import math
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ _NAMES = (
     {"train": ("train_images", "train_labels"), "test": ("test_images", "test_labels")},
     {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")},
 )
+_IMAGES = ("images", "test_images", "x_test")  # of an archive with several arrays
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those of NumPy; the others expand without a bound
 
 
@@ -45,6 +47,34 @@ def load(path: Path, test_fraction: float, max_bytes: float) -> Dataset:
             f"{file}: got {got}; expected a whole .npz file, as numpy.savez writes it. Write it again."
         ) from None
     return make_dataset(path, train, rest[0] if rest else None, test_fraction, max_bytes)  # type: ignore[arg-type]
+
+
+def read_array(path: Path, max_bytes: float) -> np.ndarray:
+    """The array of a .npy file; of a .npz file the only one, or that called images, test_images or x_test.
+
+    Raises:
+      UsageError: the file cannot be read, or is not of this kind, or larger than `max_bytes`.
+    """
+    try:
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                return _parse(file, path.name, path.stat().st_size, max_bytes)
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            chosen = names if len(names) == 1 else [name for name in _IMAGES if name in names]
+            if not chosen:
+                raise UsageError(
+                    f"{path}: got the arrays {', '.join(names[:8]) or 'none'}; expected a single one, or one called "
+                    f"{' or '.join(_IMAGES)}. Write that alone."
+                )
+            return _read(archive, chosen[0], max_bytes)
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        got = getattr(error, "strerror", None) or first_line(error)
+        raise UsageError(
+            f"{path}: got {got}; expected a whole file, as numpy.save or numpy.savez writes it. Write it again."
+        ) from None
 
 
 def _find(path: Path) -> Path:
@@ -83,24 +113,28 @@ def _read(archive: zipfile.ZipFile, name: str, max_bytes: float) -> np.ndarray:
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in _METHODS:
         raise ValueError(f"{name} compressed in another way than numpy.savez_compressed does")
-    with archive.open(info) as member, warnings.catch_warnings():
+    with archive.open(info) as member:
+        return _parse(member, name, info.file_size, max_bytes)
+
+
+def _parse(file: Any, name: str, size: int, max_bytes: float) -> np.ndarray:
+    """The array in an open file of `size` bytes in NumPy's .npy format."""
+    with warnings.catch_warnings():
         warnings.simplefilter("error")  # NumPy repairs some headers, and says so
-        if np.lib.format.read_magic(member) != (1, 0):
+        if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError(f"{name} in another version of the format than arrays of numbers have")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
-        if dtype.kind not in "biuf":
-            raise ValueError(f"{name} with values of the type {dtype}, not numbers")
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or num_bytes != info.file_size - member.tell():
-            raise ValueError(f"{name} of the shape {_short(shape)}, in {info.file_size:,} bytes")
-        if num_bytes > max_bytes:
-            raise ValueError(
-                f"{name} of {num_bytes / 1e9:.3g} GB, more than data.memory_limit={max_bytes / 1e9:.3g} GB"
-            )
-        array = np.frombuffer(member.read(num_bytes), dtype)
-        if fortran_order:
-            return np.ascontiguousarray(array.reshape(shape[::-1]).transpose())
-        return array.reshape(shape)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} with values of the type {dtype}, not numbers")
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or num_bytes != size - file.tell():
+        raise ValueError(f"{name} of the shape {_short(shape)}, in {size:,} bytes")
+    if num_bytes > max_bytes:
+        raise ValueError(f"{name} of {num_bytes / 1e9:.3g} GB, more than data.memory_limit={max_bytes / 1e9:.3g} GB")
+    array = np.frombuffer(file.read(num_bytes), dtype)
+    if fortran_order:
+        return np.ascontiguousarray(array.reshape(shape[::-1]).transpose())
+    return array.reshape(shape)
 
 
 def _short(shape: tuple[int, ...]) -> str:

@@ -5,6 +5,7 @@ Uses jax, flax and numpy, and no other room of this package.
 
 from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm
 from vmapbn_flax.nn.conv_net import BatchedConvNet, ConvNet
+from vmapbn_flax.nn.folding import fold
 from vmapbn_flax.nn.mlp import MLP, BatchedMLP
 from vmapbn_flax.nn.resnet import BatchedResNet, ResNet
 from vmapbn_flax.nn.vmap_batch import VmapBatch
@@ -19,4 +20,5 @@ __all__ = [
     "ConvNet",
     "ResNet",
     "VmapBatch",
+    "fold",
 ]

@@ -77,7 +77,7 @@ class ResNet(nn.Module):
         return self._logits(x, train, mask)
 
     def _logits(self, x: Array, train: bool, mask: Array | None) -> Array:
-        if self.zero_scale and self.norm is None:
+        if self.zero_scale and self.norm is None and self.is_initializing():
             raise ValueError(f"{type(self).__name__}: got zero_scale=True and norm=None; expected a norm.")
         x = zero_masked(x, mask)
         size, stride = (7, 2) if self.imagenet else (3, 1)

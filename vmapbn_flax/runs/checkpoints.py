@@ -5,7 +5,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from vmapbn_flax.runs.checkpointer import make_reader, make_saver, save_items
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.shapes import require_fit
 from vmapbn_flax.runs.sums import require_whole, write_sums
-from vmapbn_flax.training.state import named_leaves
+from vmapbn_flax.training.trees import named_leaves
 
 State = TypeVar("State")
 Arrays = dict[str, Any]
@@ -131,11 +131,27 @@ def restore(directory: Path, step: int, template: State) -> tuple[State, Meta]:
     Raises:
       RunError: the checkpoint is missing, damaged, or of another model.
     """
-    path = directory / str(step)
     try:
-        return _read(path, template)
+        return _read(directory / str(step), lambda meta: template)
     except DamagedError as error:
-        raise RunError(f"{error} Choose another --step; training on falls back to the newest good one.") from None
+        raise _choose_another(error) from None
+
+
+def restore_part(directory: Path, step: int, make_template: Callable[[Meta], State]) -> tuple[State, Meta]:
+    """A part of the state saved under `step`, and the JSON saved beside it, from which `make_template` makes its form.
+
+    Raises:
+      RunError: as `restore`.
+      Exception: `make_template` raises it.
+    """
+    try:
+        return _read(directory / str(step), make_template, whole=False)
+    except DamagedError as error:
+        raise _choose_another(error) from None
+
+
+def _choose_another(error: Exception) -> RunError:
+    return RunError(f"{error} Choose another --step; training on falls back to the newest good one.")
 
 
 def restore_latest(directory: Path, template: State) -> tuple[State, Meta] | None:
@@ -150,7 +166,7 @@ def restore_latest(directory: Path, template: State) -> tuple[State, Meta] | Non
     for step in reversed(saved_steps(directory)):
         path = directory / str(step)
         try:
-            found = _read(path, template)
+            found = _read(path, lambda meta: template)
             newest = newest or found
         except DamagedError as error:
             damaged[step] = error
@@ -171,11 +187,14 @@ class DamagedError(Exception):
     """The files of a checkpoint are not what was saved."""
 
 
-def _read(path: Path, template: State) -> tuple[State, Meta]:
-    """The state in `path`, as numpy arrays, whatever devices they were saved from, and the JSON beside it."""
-    try:
-        require_whole(path)
-        with make_reader() as checkpointer:
+def _read(path: Path, make_template: Callable[[Meta], State], *, whole: bool = True) -> tuple[State, Meta]:
+    """The state in `path`, as numpy arrays, whatever devices they were saved from, and the JSON beside it.
+
+    Unless `whole`, the template is that of a part of the state, and only this part is read.
+    """
+    with make_reader() as checkpointer:
+        with _damage(path):
+            require_whole(path)
             meta = checkpointer.restore(path.absolute(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             if "runs" not in meta:
                 raise ValueError("it was saved by an earlier version of this program")
@@ -188,19 +207,31 @@ def _read(path: Path, template: State) -> tuple[State, Meta]:
             ):
                 raise ValueError("runs without rows and configs")
             count = len(runs)
-            saved_as = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state")
+        template = make_template(meta)
+        with _damage(path):
+            saved_as = dict(ocp.StandardCheckpointHandler().metadata(path.absolute() / "state"))
+            if not whole:
+                parts = {name.partition("/")[0] for name in named_leaves(template)}
+                saved_as = {name: leaf for name, leaf in saved_as.items() if name.partition("/")[0] in parts}
             require_fit(saved_as, template, count, path)
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
-            state = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            state = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=not whole))
             arrays = checkpointer.restore(path.absolute(), args=state)["state"]
+    if count > 1:  # many processes also save the rows that pad the members to the devices
+        arrays = {name: array[:count] for name, array in arrays.items()}
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named_leaves(template)]), meta
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns what reading the checkpoint `path` raises into a DamagedError, but for a RunError."""
+    try:
+        yield
     except RunError:
         raise
     # Damage raises a different exception in each layer below, `Exception` itself included.
     except Exception as error:
         raise DamagedError(f"{path}: got a damaged checkpoint ({_reason(error)}).") from error
-    if count > 1:  # many processes also save the rows that pad the members to the devices
-        arrays = {name: array[:count] for name, array in arrays.items()}
-    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named_leaves(template)]), meta
 
 
 def _partial(path: Path) -> Path:

@@ -8,6 +8,8 @@ from typing import IO
 
 from tqdm import tqdm
 
+_WIDEST = 100_000  # characters of a line in a pipe
+
 TextFile = IO[str] | StringIO | TextIOWrapper  # beartype takes only what has a `mode` for an IO
 
 
@@ -50,8 +52,17 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(*header, box=box.SIMPLE, show_header=bool(header))
+    grid = Table(*map(_shown, header), box=box.SIMPLE, show_header=bool(header))
     for row in rows:
-        grid.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        grid.add_row(*map(_shown, row))
+    file = file or sys.stderr
     # A pipe has no width: never fold a path or a figure there.
-    Console(file=file or sys.stderr, width=None if sys.stderr.isatty() else 200).print(grid)
+    Console(file=file, width=None if file.isatty() else _WIDEST).print(grid)
+
+
+def _shown(cell: object) -> str:
+    """A cell as it is, where rich would read markup and a terminal commands in a name."""
+    from rich.markup import escape
+
+    text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    return escape("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text))

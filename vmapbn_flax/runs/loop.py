@@ -24,7 +24,8 @@ from vmapbn_flax.runs.timing import Timing
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.metrics import figures
 from vmapbn_flax.training.programs import Programs
-from vmapbn_flax.training.state import TrainState, named_leaves
+from vmapbn_flax.training.state import TrainState
+from vmapbn_flax.training.trees import named_leaves
 from vmapbn_flax.training.watch import percentile_figures
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
@@ -241,7 +242,7 @@ class Loop:
         with self.timing.clock("checkpoint"):
             for record in self.active:
                 record.flush()
-            meta = {"runs": [record.described() for record in self._records]}
+            meta = {"data": self._programs.described, "runs": [record.described() for record in self._records]}
             self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_steps())
 
     def _best_steps(self) -> set[int]:

@@ -9,6 +9,7 @@ from vmapbn_flax.config import flat, resume_changes
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.checkpoints import versions
 from vmapbn_flax.runs.metric_writer import MetricWriter, finite
+from vmapbn_flax.runs.selection import best_row
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.metrics import TrainMetrics, compute
 from vmapbn_flax.training.watch import Percentiles
@@ -91,13 +92,8 @@ class Record:
             self._writer.flush()
 
     def best_row(self, saved: Sequence[int]) -> dict[str, Any] | None:
-        """The best evaluation at one of the steps `saved`, by the selection metric; None without any.
-
-        Of equals the latest is the best. A metric that is not finite ranks last.
-        """
-        name = self._selection
-        rows = [row for row in self.rows if name in row and row["step"] in saved]
-        return max(rows, key=lambda row: (row[name] is not None, row[name] or 0, row["step"]), default=None)
+        """The best evaluation at one of the steps `saved`, by the selection metric; None without any."""
+        return best_row(self.rows, self._selection, saved)
 
     def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float], device: str) -> dict[str, Any]:
         """Writes TensorBoard's hparams and the summary; returns the summary."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.training.state import named_leaves
+from vmapbn_flax.training.trees import named_leaves
 
 _MOST_PADDING = 2**12  # members; there is less than a row a device
 

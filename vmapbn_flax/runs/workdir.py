@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -87,7 +88,13 @@ class Workdir:
     def refuse_sweep(self) -> None:
         """Raises a RunError if this is the workdir of a sweep."""
         if self.is_sweep:
-            raise RunError(f"{self}: got the workdir of a sweep, expected that of a run. Choose one of its members.")
+            members = sorted(path.parent for path in self.path.glob(f"*/{self.config.name}"))
+            best = max(members, key=_best_metric, default=None)
+            named = f", such as {best}, the best so far" if best else ""
+            raise RunError(
+                f"{self}: got the workdir of a sweep, expected that of a run. Choose one of its {len(members)} "
+                f"members{named}. `vmapbn-flax report {self}` ranks them."
+            )
 
     # Its content.
 
@@ -160,6 +167,14 @@ class Workdir:
                 raise unwritable(self.path, error) from error
             remove_unfinished(self.path)
             yield
+
+
+def _best_metric(member: Path) -> float:
+    """That of a member's summary; below all others if there is none."""
+    with contextlib.suppress(RunError):
+        metric = read_json(Workdir(member).summary).get("best_metric")
+        return metric if isinstance(metric, int | float) else -math.inf
+    return -math.inf
 
 
 def _links(directory: Path, depth: int = 2) -> Iterator[str]:

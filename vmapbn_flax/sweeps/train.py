@@ -199,7 +199,8 @@ class _Sweep:
                     for i in numbers[first : first + _SAVES_AT_ONCE]:
                         saved = Checkpoints(records[i].workdir.checkpoints, alone=True)
                         stack.callback(saved.close)
-                        saved.save(int(own[i].step), own[i], {"runs": [{**meta["runs"][i], "name": ""}]})
+                        described = {"data": programs.described, "runs": [{**meta["runs"][i], "name": ""}]}
+                        saved.save(int(own[i].step), own[i], described)
 
 
 def _kind(error: Exception) -> str:

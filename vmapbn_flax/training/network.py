@@ -42,10 +42,16 @@ def to_inputs(model: ConfigDict, images: UInt8[Array, "batch height width *chann
 
     Each input is an image `(height, width, channels)`, grey with one channel; for an `MLP` it is `(features,)`.
     """
-    inputs = (images.astype(jnp.float32) / 255).astype(model.dtype)
-    if issubclass(import_network(model.name), MLP):
-        return inputs.reshape(len(images), -1)
-    return inputs if inputs.ndim == 4 else inputs[..., jnp.newaxis]
+    return as_inputs(import_network(model.name), (images.astype(jnp.float32) / 255).astype(model.dtype))
+
+
+def as_inputs(
+    network: type[nn.Module], images: Float[Array, "batch height width *channels"]
+) -> Float[Array, "batch *input"]:
+    """Images in the shape that a network of this class takes."""
+    if issubclass(network, MLP):
+        return images.reshape(images.shape[0], -1)
+    return images if images.ndim == 4 else images[..., jnp.newaxis]
 
 
 def in_compute_dtype(model: ConfigDict, params: PyTree) -> PyTree:

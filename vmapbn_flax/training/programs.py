@@ -49,6 +49,7 @@ class Programs:
       count: the number of members; 1 for one run.
       selection: the name of the figure that ranks checkpoints.
       steps_per_epoch, total_steps: of each run.
+      described: what a checkpoint says of the data, so that a network can be used without it, JSON.
       hyper: the hyperparameters, on the devices.
       layout: of the data set and the batches on the devices.
       devices: of all processes.
@@ -71,6 +72,7 @@ class Programs:
         self.compiler = Compiler()
 
         self.selection = f"{'validation' if dataset.validation else 'test'}_accuracy"
+        self.described = dataset.described()
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self._num_train = len(dataset.train)
