@@ -2,7 +2,10 @@
 
 Ioffe & Szegedy (2015), section 4.1: binary images, three hidden layers of 100 sigmoids, small Gaussian weights, 50,000
 steps of 60 examples. The paper does not state optimizer, learning rate, standard deviation of the weights and
-threshold; docs/paper.md says which of them matter. @@TIME@@
+threshold; docs/paper.md says which of them matter.
+
+With batch norm 97.2 % of the test images are right at the rate 0.1 and 97.7 % at 1; without, 96.6 % and 97.3 %. All
+twelve runs take ten minutes of processor time.
 
 python train.py --config=configs/paper.py
 python -m vmapbn_flax figure runs/paper
