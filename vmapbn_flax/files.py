@@ -31,7 +31,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
       RunError: the file cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # of this writer alone
+    temporary = _temporary(path)
     written = False
     try:
         while not written:
@@ -48,6 +48,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
         if isinstance(error, OSError):
             raise unwritable(path, error) from error
         raise
+
+
+def require_writable(path: Path) -> None:
+    """Checks that `write_whole` can write `path`, before the work whose result it is.
+
+    Raises:
+      RunError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        temporary = _temporary(path)
+        temporary.open("xb").close()
+        temporary.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _temporary(path: Path) -> Path:
+    """The name of a file beside `path`, of this writer alone."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -7,6 +7,7 @@ A network is a Flax module for one example with the attributes `num_classes` and
 import dataclasses
 import difflib
 import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -157,6 +158,36 @@ def import_network(name: str, *, batched: bool = False) -> Any:
     Raises:
       UsageError: there is no such class, or it is not a network.
     """
+    module, class_name = _import_module(name)
+    if not hasattr(module, class_name):
+        close = difflib.get_close_matches(class_name, dir(module), n=1)
+        raise UsageError(
+            f"config.model.name: got {name!r}, but {module.__name__} has no {class_name}; expected a Flax module there"
+            f"{f'. Did you mean {close[0]}?' if close else ''}"
+        )
+    found = getattr(module, class_name)
+    require_network(found, name)
+    if not batched:
+        return found
+    if not has_twin(name):
+        raise UsageError(
+            f"config.model.norm: got 'batched' for {name!r}, but {module.__name__} has no Batched{class_name}; "
+            f"expected it there: the network for a whole batch, with the same variables. Write it, or train with "
+            f"--config.model.norm=vmap"
+        )
+    twin = getattr(module, f"Batched{class_name}")
+    require_network(twin, f"{module.__name__}:Batched{class_name}")
+    return twin
+
+
+def has_twin(name: str) -> bool:
+    """Whether there is a `Batched<Class>` beside the network; see `import_network`."""
+    module, class_name = _import_module(name)
+    return hasattr(module, f"Batched{class_name}")
+
+
+def _import_module(name: str) -> tuple[ModuleType, str]:
+    """The module of the network that `config.model.name` names, and the name of its class there."""
     refuse_untrusted(name)
     module_name, colon, class_name = name.partition(":")
     if name in BUILT_IN:
@@ -168,31 +199,12 @@ def import_network(name: str, *, batched: bool = False) -> Any:
             f"module of your own. {f'Did you mean {close[0]}? ' if close else ''}Change it with --config.model.name=..."
         )
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name), class_name
     except ImportError as error:
         raise UsageError(
             f"config.model.name: got {name!r}, whose module cannot be imported ({error}); expected a module that "
             f"`python -c 'import {module_name}'` finds from the current directory."
         ) from error
-    if not hasattr(module, class_name):
-        close = difflib.get_close_matches(class_name, dir(module), n=1)
-        raise UsageError(
-            f"config.model.name: got {name!r}, but {module.__name__} has no {class_name}; expected a Flax module there"
-            f"{f'. Did you mean {close[0]}?' if close else ''}"
-        )
-    found = getattr(module, class_name)
-    require_network(found, name)
-    if not batched:
-        return found
-    twin = getattr(module, f"Batched{class_name}", None)
-    if twin is None:
-        raise UsageError(
-            f"config.model.norm: got 'batched' for {name!r}, but {module.__name__} has no Batched{class_name}; "
-            f"expected it there: the network for a whole batch, with the same variables. Write it, or train with "
-            f"--config.model.norm=vmap"
-        )
-    require_network(twin, f"{module_name}:Batched{class_name}")
-    return twin
 
 
 def require_network(found: Any, name: str) -> None:

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from configs import own_network
 from tests.helpers import small
+from vmapbn_flax import default_config
 from vmapbn_flax.cli import selftest as module
 from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.errors import RunError
+from vmapbn_flax.files import write_json
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore, saved_steps
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.programs import Programs
@@ -99,6 +102,19 @@ def flip_a_bit(directory, programs):
     shutil.rmtree(directory / str(step))
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
         checkpoints.save(step, state, {"runs": meta["runs"]})
+
+
+class Alone(own_network.Net):
+    """A network without a batched twin in its module."""
+
+
+def test_a_network_without_a_twin(monkeypatch, tmp_path, capsys):
+    """There is nothing to compare it with but itself."""
+    monkeypatch.setattr(module, "refresh", lambda path, network: {"before": {"test_accuracy": 0.5}})
+    write_json(Workdir(tmp_path).summary, {"test_accuracy": 0.5})
+    found = module._check_norms(default_config(f"{__name__}:Alone"), Workdir(tmp_path))
+    assert found == [("refresh: the checkpoint evaluated", "1 figures, 3 bytes", [])]
+    assert f"refresh, without parity: {__name__}:Alone has no batched twin" in capsys.readouterr().err
 
 
 def test_a_run_that_is_over_too_soon(monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import oracle, small
 from vmapbn_flax.training import steps
+from vmapbn_flax.training.evaluation import make_evaluate
 from vmapbn_flax.training.metrics import TrainMetrics, compute
 from vmapbn_flax.training.optimizer import make_optimizer
 from vmapbn_flax.training.steps import Batch, epoch_permutation, make_loss
@@ -319,8 +320,8 @@ def four_pixels():
 def test_evaluation_by_hand(size):
     params, images, labels, answers = four_pixels()
     config = small.config(model__norm="none", model__hidden=(4,), train__eval_batch_size=size)
-    evaluate = jax.jit(steps.make_evaluate(config.model, config.train.eval_batch_size, 4))
-    metrics = evaluate(params, {}, small.hyper(config), jnp.array(images), jnp.array(labels))
+    evaluate = jax.jit(make_evaluate(config.model, config.train.eval_batch_size, 4))
+    metrics, _ = evaluate(params, {}, small.hyper(config), jnp.array(images), jnp.array(labels))
     correct = (answers == labels).sum()
     assert metrics.loss.count == metrics.accuracy.count == 2500
     assert metrics.accuracy.total == correct
@@ -336,8 +337,8 @@ def test_evaluation_by_hand_of_sixteen():
     labels = (answers[:16] + 1) % 4
     labels[[3, 11]] = answers[[3, 11]]
     config = small.config(model__norm="none", model__hidden=(4,), train__eval_batch_size=5)
-    evaluate = jax.jit(steps.make_evaluate(config.model, config.train.eval_batch_size, 4))
-    metrics = evaluate(params, {}, small.hyper(config), jnp.array(images[:16]), jnp.array(labels))
+    evaluate = jax.jit(make_evaluate(config.model, config.train.eval_batch_size, 4))
+    metrics, _ = evaluate(params, {}, small.hyper(config), jnp.array(images[:16]), jnp.array(labels))
     assert compute(metrics)["accuracy"] == 2 / 16
 
 

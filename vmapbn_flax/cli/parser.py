@@ -103,6 +103,16 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--norm", choices=("vmap", "batched"), help="variant of the network; default: as the run was trained"
     )
+    command.add_argument(
+        "--classes", action="store_true", help="print precision, recall and F1 of each class, and what is most confused"
+    )
+    command.add_argument(
+        "--picture",
+        type=_path,
+        metavar="FILE",
+        help="draw the confusion matrix and the surest mistakes: .png, .pdf, .svg",
+    )
+    command.add_argument("--csv", type=_path, metavar="FILE", help="write what the network says of each example")
 
     command = add("refresh", "recompute running statistics exactly", "The result is a workdir, <workdir>/refreshed.")
     command.add_argument("workdir", **workdir)

@@ -20,6 +20,7 @@ from vmapbn_flax.config import validate, validate_sizes
 from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import read_json, read_lines
+from vmapbn_flax.networks import has_twin
 from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.runs.console import say, table
 from vmapbn_flax.runs.loading import load_state
@@ -52,7 +53,8 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
     """Trains `config` undisturbed, and again with a stop, in processes of their own, and compares the results.
 
     A SIGTERM stops the second run when it has logged a row; it resumes from the step that was saved then. With batch
-    norm, `parity` and `refresh` follow. `flags` is the command line that describes `config`.
+    norm, `parity` and `refresh` follow, `parity` where the network has a batched twin. `flags` is the command line that
+    describes `config`.
 
     Raises:
       UsageError: the config or the data cannot be used.
@@ -81,13 +83,23 @@ def selftest(config: ConfigDict, flags: Sequence[str]) -> list[Comparison]:
         ends = zip(_end(straight, programs), _end(resumed, programs), strict=True)
         found = [_compare(*first, second) for first, (_, _, second) in ends]
         if config.model.norm != "none":
-            say("parity and refresh")
-            rows, summary = parity(config), read_json(resumed.summary)
-            evaluated = refresh(resumed.path, network=config.model.name)["before"]
-            outside = [row.what for row in rows if not row.within]
-            found.append(Comparison("parity: the vmapped and the batched network", f"{len(rows)} quantities", outside))
-            logged = {name: summary.get(name) for name in evaluated}
-            found.append(_compare("refresh: the checkpoint evaluated", "figures", _spell(logged), _spell(evaluated)))
+            found += _check_norms(config, resumed)
+    return found
+
+
+def _check_norms(config: ConfigDict, workdir: Workdir) -> list[Comparison]:
+    """`parity`, if the network has a batched twin, and `refresh` of a finished run."""
+    name, found = config.model.name, []
+    if has_twin(name):
+        say("parity and refresh")
+        rows = parity(config)
+        outside = [row.what for row in rows if not row.within]
+        found.append(Comparison("parity: the vmapped and the batched network", f"{len(rows)} quantities", outside))
+    else:
+        say(f"refresh, without parity: {name} has no batched twin to be compared with")
+    evaluated, summary = refresh(workdir.path, network=name)["before"], read_json(workdir.summary)
+    logged = {name: summary.get(name) for name in evaluated}
+    found.append(_compare("refresh: the checkpoint evaluated", "figures", _spell(logged), _spell(evaluated)))
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -28,11 +29,9 @@ def plot_runs(workdirs: Sequence[Path], output: Path) -> None:
       RunError: a workdir has no metrics to draw.
       UsageError: `output` does not end in the name of a picture format.
     """
+    require_format(output)
     with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        kind = output.suffix[1:].lower()
-        if kind not in figure.canvas.get_supported_filetypes():
-            raise UsageError(f"{output}: got a name that ends in {output.suffix!r}, expected .png, .pdf or .svg")
         accuracy, loss = figure.subplots(1, 2)
         for i, workdir in enumerate(map(Workdir, workdirs)):
             workdir.refuse_sweep()
@@ -64,6 +63,12 @@ def scale_accuracy(axes: Any) -> None:
         axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(PERCENT)
+
+
+def require_format(output: Path) -> None:
+    """Raises a UsageError if `output` does not end in the name of a picture format."""
+    if output.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UsageError(f"{output}: got a name that ends in {output.suffix!r}, expected .png, .pdf or .svg")
 
 
 def write_picture(figure: Any, output: Path) -> None:

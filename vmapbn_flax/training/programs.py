@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -19,11 +19,12 @@ from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.augment import make_augment
 from vmapbn_flax.training.compiler import Compiler, Program
+from vmapbn_flax.training.evaluation import Predictions, join, make_evaluate
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, figures
-from vmapbn_flax.training.network import has_convolutions
+from vmapbn_flax.training.network import has_convolutions, has_positions
 from vmapbn_flax.training.optimizer import learning_rate
 from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
@@ -110,13 +111,14 @@ class Programs:
         take_batch = steps.make_take_batch(train.batch_size, model.ghost_batch_size or 1, self.layout)
         augment = make_augment(config.data.augment, dataset.train.image_shape)
         train_step = steps.make_train_step(model, config.optimizer, train.max_skipped_steps, num_classes, augment)
-        evaluate = steps.make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
+        evaluate = make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
         population = make_population_statistics(model, train.eval_batch_size, num_classes, self.layout)
         gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
         watch = make_watch(model, train.watch, len(self._watched), train.eval_batch_size, num_classes, self.layout)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
-        make, over = partial(Program, sharding=self._sharding), self._members.map
+        make = partial(Program, sharding=self._sharding, positions=has_positions(model))
+        over = self._members.map
         training = (_STATE, _HYPER, _ORDER)
         self._by_step = (
             jax.default_backend() == "cpu"
@@ -131,10 +133,11 @@ class Programs:
         self._watch = make("watch", over(watch, _VARIABLES), trace_in_thread=True) if config.train.watch else None
         self._train = make("train", train, donate=(_STATE,))
         self._gradients = make("gradients", over(gradients, training))
-        self._evaluate = {
-            name: make(name, over(evaluate, _VARIABLES), trace_in_thread=True)
-            for name in (["evaluate"] if dataset.streamed else self._eval_splits)
-        }
+        # Only `predictions` asks for the second result; for `measure` the compiler leaves it out.
+        measure, predict = over(lambda *arguments: evaluate(*arguments)[0], _VARIABLES), over(evaluate, _VARIABLES)
+        names = {split: "evaluate" if dataset.streamed else split for split in self._eval_splits}
+        self._measure = {split: make(name, measure, trace_in_thread=True) for split, name in names.items()}
+        self._predict = {split: make(f"{name} predictions", predict) for split, name in names.items()}
         self._population = make("population", over(population, _VARIABLES))
         self._copy = make("copy", lambda state: jax.tree.map(jnp.copy, state), optimise=False)
         self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
@@ -256,27 +259,33 @@ class Programs:
         if self._stream:
             return
         state = self._placed_template()
-        for name, program in self._evaluate.items():
-            if name not in self.compiler:
-                self.compiler.start(program, (state.params, state.batch_stats, self.hyper, *self._data[name]))
-        if self._watch and self._watch.name not in self.compiler:
-            arguments = (state.params, state.batch_stats, self.hyper, *self._data["test"])
-            self.compiler.start(self._watch, arguments)
+        watched = [("test", self._watch)] if self._watch else []
+        for split, program in [*self._measure.items(), *watched]:
+            if program.name not in self.compiler:
+                self.compiler.start(program, (state.params, state.batch_stats, self.hyper, *self._data[split]))
 
     def measure(self, state: TrainState) -> list[dict[str, EvalMetrics]]:
         """Each member's metrics on the validation split, if there is one, and on the test split, on every host."""
-        return self.split({name: self._measure(name, state) for name in self._eval_splits})
+        merge = partial(functools.reduce, EvalMetrics.merge)  # in the order of the program's own loop
+        return self.split({name: merge(self._parts(program, name, state)) for name, program in self._measure.items()})
 
-    def _measure(self, name: str, state: TrainState) -> EvalMetrics:
-        variables = (state.params, state.batch_stats, self.hyper)
+    def predictions(self, state: TrainState) -> list[dict[str, tuple[EvalMetrics, Predictions]]]:
+        """The same, each with what the member's network says of the split's examples, `(examples,)`."""
+        parts = {name: list(self._parts(program, name, state)) for name, program in self._predict.items()}
+        return [{name: join(found) for name, found in member.items()} for member in self.split(parts)]
+
+    def _parts(self, program: Program, split: str, state: TrainState) -> Iterator[PyTree]:
+        """The result of `program` on a split, or on each of its streamed batches."""
+        call = partial(self.compiler.call, program, state.params, state.batch_stats, self.hyper)
         if self._stream is None:
-            return self.compiler.call(self._evaluate[name], *variables, *self._data[name])
+            yield call(*self._data[split])
+            return
 
-        def measure(batch: tuple) -> EvalMetrics:
-            return jax.device_get(self.compiler.call(self._evaluate["evaluate"], *variables, *batch))
+        def on_host(batch: tuple) -> PyTree:  # not a loop, which would keep a batch while the next one is read
+            return jax.device_get(call(*batch))
 
-        with contextlib.closing(self._stream.batches(self._eval_splits[name])) as batches:
-            return functools.reduce(EvalMetrics.merge, map(measure, batches))  # in the order of the program's own loop
+        with contextlib.closing(self._stream.batches(self._eval_splits[split])) as batches:
+            yield from map(on_host, batches)
 
     def watch(self, state: TrainState) -> list[Percentiles]:
         """Each member's percentiles of what `config.train.watch` names, on every host."""

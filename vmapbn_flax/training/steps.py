@@ -1,4 +1,4 @@
-"""A training step, many of them, and an evaluation: pure functions of arrays."""
+"""A training step, and many of them: pure functions of arrays."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax.training.augment import Augment, unchanged
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
-from vmapbn_flax.training.metrics import EvalMetrics, TrainMetrics
+from vmapbn_flax.training.metrics import TrainMetrics
 from vmapbn_flax.training.network import in_compute_dtype, make_network, to_inputs
 from vmapbn_flax.training.optimizer import learning_rate, make_optimizer
 from vmapbn_flax.training.state import TrainState
@@ -204,40 +204,3 @@ def make_gradients(
         return logits[:batch_size], grads
 
     return gradients
-
-
-def make_evaluate(
-    model: ConfigDict, batch_size: int, num_classes: int, layout: Layout = ONE_DEVICE
-) -> Callable[..., EvalMetrics]:
-    """`evaluate(params, batch_stats, hyper, images, labels) -> EvalMetrics`, each example counted once.
-
-    Given a `count`, only the first `count` examples are counted.
-    """
-    size = layout.padded(batch_size)
-
-    def evaluate(
-        params: Any,
-        batch_stats: Any,
-        hyper: Hyperparameters,
-        images: UInt8[Array, "*stored"],
-        labels: Int[Array, "*labels"],
-        count: Int[Array, ""] | None = None,
-    ) -> EvalMetrics:
-        network = make_network(model, num_classes, hyper)
-        variables = {"params": in_compute_dtype(model, params), "batch_stats": batch_stats}
-        count = len(labels) if count is None else count
-
-        def body(i: Array, metrics: EvalMetrics) -> EvalMetrics:
-            rows = i * size + jnp.arange(size)
-            mask = rows < count
-            rows = jnp.minimum(rows, count - 1)  # the last batch is padded with its last example
-            batch = Batch(*layout.take(images, labels, rows, i), mask)
-            logits = jnp.asarray(network.apply(variables, to_inputs(model, batch.images), train=False), jnp.float32)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-            return metrics.merge(
-                EvalMetrics.single_from_model_output(loss=losses, logits=logits, labels=batch.labels, mask=batch.mask)
-            )
-
-        return lax.fori_loop(0, -(-count // size), body, EvalMetrics.empty())
-
-    return evaluate
