@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.runs.pictures import PERCENT, write_picture
+from vmapbn_flax.runs.pictures import scale_accuracy, write_picture
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.expand import read_members
 from vmapbn_flax.sweeps.results import Result, Setting, read_settings
@@ -41,12 +41,14 @@ def plot_figure(workdir: Workdir) -> None:
             f"sweep over model.norm with 'none' and another, which watches a layer, such as configs/paper.py"
         )
     with mpl.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(9.5, 3.2), layout="constrained")
+        figure = Figure(figsize=(9.5, 3.6), layout="constrained")
         accuracy, *panels = figure.subplots(1, 3, width_ratios=[4, 3, 3])
         for name, found in (("without", without), ("with", norms)):
             _draw_accuracy(accuracy, found, name)
-        accuracy.set(xlabel="training step", ylabel="test accuracy", title="(a) test accuracy", ylim=(_LOWEST, 1))
-        accuracy.yaxis.set_major_formatter(PERCENT)
+        accuracy.set(xlabel="training step", ylabel="test accuracy", title="(a) test accuracy")
+        scale_accuracy(accuracy)
+        if accuracy.get_ylim()[1] > _LOWEST:
+            accuracy.set_ylim(bottom=_LOWEST)
         accuracy.legend(loc="lower right", fontsize=8)
         for axes, found, title in zip(panels, (without, norms), ("(b) without", "(c) with"), strict=True):
             _draw_percentiles(axes, found[0].members[0], watched[0])
@@ -73,7 +75,7 @@ def _draw_accuracy(axes: Any, settings: Sequence[Setting], name: str) -> None:
         others = {field.rpartition(".")[2]: value for field, value in setting.values.items() if field != _NORM}
         label = ", ".join([f"{name} batch norm", *(f"{f.replace('_', ' ')} {v}" for f, v in others.items())])
         steps, runs = _series(setting.members, "test_accuracy")
-        marks = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 3, "markevery": max(1, len(steps) // 12)}
+        marks = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 2.5, "markevery": max(1, len(steps) // 12)}
         axes.plot(steps, runs.mean(0), dashes, color=colour, linewidth=1.2, label=label, **marks)
         axes.fill_between(steps, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0)
 
