@@ -47,6 +47,10 @@ LISTED = [
     "python -m vmapbn_flax export runs/vmap_bn -o vmap_bn.pt",  # in test_docs.py, where PyTorch is installed
     "pytest",
     "pytest -n0 tests/training/test_steps.py",
+    "pip download --no-deps --no-binary flax -d peers flax==0.12.8",
+    "tar -xzf peers/flax-0.12.8.tar.gz -C peers",
+    "git clone --depth 1 --branch v0.13.8 https://github.com/patrick-kidger/equinox peers/equinox-0.13.8",
+    "VMAPBN_PEER_TESTS=peers pytest -n0 tests/nn/test_their_tests.py",
     "pytest -m slow",
     "pytest tests/cli tests/test_files.py tests/runs tests/multihost tests/faults",
     "pytest -n0 -m slow -s tests/faults/test_kills.py",

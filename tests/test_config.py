@@ -85,6 +85,15 @@ INVALID = [
     ("model.batch_norm_momentum", NAN),
     ("model.batch_norm_epsilon", 0.0),
     ("model.batch_norm_epsilon", INF),
+    ("model.renorm_r_max", 0.9),
+    ("model.renorm_r_max", INF),
+    ("model.renorm_d_max", -0.1),
+    ("model.renorm_d_max", NAN),
+    ("model.renorm_warmup_epochs", -1.0),
+    ("model.renorm_full_epochs", INF),
+    ("model.freeze_norm_after", -1.0),
+    ("model.freeze_norm_after", 20.0),
+    ("model.freeze_norm_after", NAN),
     ("model.ghost_batch_size", 1),
     ("model.ghost_batch_size", 48),
     ("model.ghost_batch_size", -2),
@@ -209,6 +218,17 @@ def test_profile_is_a_boolean():
 def test_ghost_batches_need_a_norm():
     with pytest.raises(UsageError, match=r"config\.model\.ghost_batch_size: got 32, expected 0, or with a norm"):
         validate(changed(model__norm="none", model__ghost_batch_size=32))
+
+
+def test_freezing_needs_a_norm():
+    with pytest.raises(UsageError, match=r"config\.model\.freeze_norm_after: got 3\.0, expected 0, or with a norm"):
+        validate(changed(model__norm="none", model__freeze_norm_after=3.0))
+
+
+def test_freezing_before_the_first_step():
+    validate_sizes(changed(train__batch_size=10, model__freeze_norm_after=0.1), 100)
+    with pytest.raises(UsageError, match=r"config\.model\.freeze_norm_after: got 0\.01, which is before the first"):
+        validate_sizes(changed(train__batch_size=10, model__freeze_norm_after=0.01), 100)
 
 
 def test_sizes():

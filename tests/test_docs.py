@@ -24,7 +24,10 @@ CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 EXPORT = re.compile(r"^python -m vmapbn_flax ((?:export|fold) .*?)(?: +#.*)?$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", *(f"docs/{name}.md" for name in ("data", "equinox", "story", "using", "your-network"))]
+RUN = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("batch-norm", "data", "equinox", "story", "using", "your-network")),
+]
 PROSE = [f"docs/{name}.md" for name in ("architecture", "changelog", "exactness", "gpu", "reference", "speed")]
 OPTIONAL = ("onnxruntime", "torch")  # what needs one of these runs where it is installed
 
@@ -108,6 +111,12 @@ def test_every_page_is_linked(start):
 def test_every_page_is_in_the_site():
     nav = (ROOT / "mkdocs.yml").read_text()
     assert [page for page in PAGES[1:] if f"- {Path(page).name}\n" not in nav] == []
+
+
+def test_the_layer_in_flax_s_place_is_the_one_that_flax_s_tests_get():
+    page, plugin = (ROOT / "docs/batch-norm.md").read_text(), (ROOT / "tests/helpers/as_flax.py").read_text()
+    [code] = [code for code in BLOCK.findall(page) if code.startswith("class FlaxBatchNorm")]
+    assert code.strip() in plugin
 
 
 def test_the_network_of_ones_own_is_the_file():

@@ -113,7 +113,7 @@ def test_attributes_are_checked_before_data_loads(own):
 
 
 def test_the_twin_of_a_network_of_ones_own(own):
-    with pytest.raises(UsageError, match=r"got 'batched' for 'mine:Net', but mine has no BatchedNet; expected it"):
+    with pytest.raises(UsageError, match=r"got a batched norm for 'mine:Net', but mine has no BatchedNet; expected it"):
         import_network("mine:Net", batched=True)
     source = (own / "mine.py").read_text()
     (own / "mine.py").write_text(source + "\nclass BatchedNet(Net):\n    pass\n")

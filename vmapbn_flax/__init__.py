@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from vmapbn_flax.nn import (
         MLP,
         BatchedBatchNorm,
+        BatchedBatchRenorm,
         BatchedConvNet,
         BatchedMLP,
         BatchedResNet,
         BatchNorm,
+        BatchRenorm,
         ConvNet,
         ResNet,
         VmapBatch,
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 __all__ = [
     "MLP",
     "BatchNorm",
+    "BatchRenorm",
     "BatchedBatchNorm",
+    "BatchedBatchRenorm",
     "BatchedConvNet",
     "BatchedMLP",
     "BatchedResNet",

@@ -85,6 +85,13 @@ def validate_sizes(config: ConfigDict, num_train: int) -> None:
             f"config.train.num_epochs: got {config.train.num_epochs}, expected at least one step, "
             f"{1 / steps_per_epoch:.3g} epochs here, and fewer than 2**31. Change it with --config.train.num_epochs=..."
         )
+    freeze = config.model.freeze_norm_after
+    if freeze and round(freeze * steps_per_epoch) == 0:
+        raise UsageError(
+            f"config.model.freeze_norm_after: got {freeze}, which is before the first step, when norms have no "
+            f"statistics; expected 0 or at least a step, {1 / steps_per_epoch:.3g} epochs here. Change it with "
+            f"--config.model.freeze_norm_after=..."
+        )
 
 
 def without_distributed(config: ConfigDict) -> ConfigDict:

@@ -37,9 +37,16 @@ def default_config(network: str = "mlp") -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.name = ""  # "mlp", "conv", "resnet", or "package.module:Class"; the network's attributes are fields here
-    model.norm = "vmap"  # "vmap": one-example network; "batched": the textbook's; "none": no batch norm
+    # "vmap": batch norm in a one-example network; "batched": the textbook's; "none": no norm;
+    # "renorm", "batched_renorm": batch renormalisation in their place, for small batches
+    model.norm = "vmap"
     model.batch_norm_momentum = 0.99  # decay of the running statistics per step, in [0, 1)
     model.batch_norm_epsilon = 1e-5  # added to the variance
+    model.renorm_r_max = 3.0  # batch renormalisation's last limit of r, 1 or more
+    model.renorm_d_max = 5.0  # its last limit of d
+    model.renorm_warmup_epochs = 1.0  # in which it is batch norm: the limits are 1 and 0
+    model.renorm_full_epochs = 5.0  # from which the limits are the last ones; between the two they grow linearly
+    model.freeze_norm_after = 0.0  # epochs after which norms use and keep their running statistics; 0: never
     model.ghost_batch_size = 0  # examples normalised together in training; 0: the whole batch
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters and statistics are float32
 

@@ -21,7 +21,7 @@ def unwritable(path: object, error: OSError) -> RunError:
     """The error to raise when writing to `path` failed with `error`."""
     return RunError(
         f"{path}: got {error.strerror or error}; expected room and permission to write there. "
-        f"Provide them and run the same command again, or choose another --workdir."
+        f"Provide them and run the same command again, or choose another place."
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-_NORMS = ("vmap", "batched", "none")
+from vmapbn_flax.networks import NORMS
+
 _WIDEST = 2**16  # units; the weights between two such layers take 17 GB
 _MOST_DEVICES = 2**12  # that a CPU is divided into; each has threads of its own
 MOST_MEMBERS = 10_000  # of a sweep
@@ -54,6 +55,10 @@ def _below_one(expected: str) -> Field:
     return Field(expected, lambda value, config: 0 <= value < 1, traced=np.float32)
 
 
+def _epochs() -> Field:
+    return Field("0 or more epochs", lambda value, config: 0 <= value < math.inf, traced=np.int32)
+
+
 def _devices(expected: str) -> Field:
     return Field(
         f"{expected}, at most {_MOST_DEVICES}", lambda value, config: 0 <= value <= _MOST_DEVICES, resumable=True
@@ -67,6 +72,10 @@ def _is_path(path: str, config: ConfigDict) -> bool:
 def _is_ghost_batch(size: int, config: ConfigDict) -> bool:
     divides = config.model.norm != "none" and size >= 2 and config.train.batch_size % size == 0
     return size == 0 or divides
+
+
+def _is_before_the_end(epochs: float, config: ConfigDict) -> bool:
+    return epochs == 0 or (0 < epochs < config.train.num_epochs and config.model.norm != "none")
 
 
 def _are_widths(widths: tuple, config: ConfigDict) -> bool:
@@ -99,10 +108,17 @@ FIELDS = {
         "a tuple of 'shift:N', 'flip' and 'cutout:N', such as ('shift:2', 'flip')", _are_augmentations
     ),
     "model.name": Field("mlp, or package.module:Class"),  # `networks.check_network` looks closer
-    "model.norm": _one_of(*_NORMS),
+    "model.norm": _one_of(*NORMS, *NORMS.values(), "none"),
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.batch_norm_momentum": _below_one("a decay in [0, 1)"),
     "model.batch_norm_epsilon": _positive("a positive number, such as 1e-5", traced=np.float32),
+    "model.renorm_r_max": Field("a limit of 1 or more", lambda value, config: 1 <= value < math.inf, traced=np.float32),
+    "model.renorm_d_max": Field("a limit of 0 or more", lambda value, config: 0 <= value < math.inf, traced=np.float32),
+    "model.renorm_warmup_epochs": _epochs(),
+    "model.renorm_full_epochs": _epochs(),
+    "model.freeze_norm_after": Field(
+        "0, or with a norm a number of epochs below train.num_epochs={train.num_epochs}", _is_before_the_end
+    ),
     "model.ghost_batch_size": Field(
         "0, or with a norm a divisor of train.batch_size={train.batch_size} of 2 or more", _is_ghost_batch
     ),

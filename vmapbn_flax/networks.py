@@ -15,7 +15,22 @@ from ml_collections import ConfigDict, config_dict
 from vmapbn_flax.errors import UsageError
 
 # The fields of config.model that every network has; the others are attributes of its class.
-COMMON = ("name", "norm", "batch_norm_momentum", "batch_norm_epsilon", "ghost_batch_size", "dtype")
+COMMON = (
+    "name",
+    "norm",
+    "batch_norm_momentum",
+    "batch_norm_epsilon",
+    "renorm_r_max",
+    "renorm_d_max",
+    "renorm_warmup_epochs",
+    "renorm_full_epochs",
+    "freeze_norm_after",
+    "ghost_batch_size",
+    "dtype",
+)
+
+# The values of config.model.norm that have a layer, in its form for one example, and in its form for a batch.
+NORMS = {"vmap": "batched", "renorm": "batched_renorm"}
 
 _PLAIN = (bool, int, float, str)
 _UNTRUSTED = "untrusted:"  # before a name that a workdir gives: nothing imports it until a user says it
@@ -36,6 +51,17 @@ BUILT_IN = {
         {"blocks": (3, 3, 3), "width": 16, "bottleneck": False, "imagenet": False, "zero_scale": False},
     ),
 }
+
+
+def is_batched(norm: str) -> bool:
+    """Whether `norm`, a value of `config.model.norm`, is the form of a layer for a whole batch."""
+    return norm in NORMS.values()
+
+
+def in_form(norm: str, *, batched: bool) -> str:
+    """The value of `config.model.norm` for the same layer as `norm`, in its form for one example or for a batch."""
+    one, batch = next(pair for pair in NORMS.items() if norm in pair)
+    return batch if batched else one
 
 
 def attributes(model: ConfigDict) -> dict[str, Any]:
@@ -110,7 +136,7 @@ def check_network(model: ConfigDict) -> None:
         return
     defaults = _defaults(model.name)
     if model.name not in BUILT_IN:
-        import_network(model.name, batched=model.norm == "batched")
+        import_network(model.name, batched=is_batched(model.norm))
     for name in attributes(model):
         if name not in defaults:
             close = difflib.get_close_matches(name, defaults, n=1)
@@ -171,7 +197,7 @@ def import_network(name: str, *, batched: bool = False) -> Any:
         return found
     if not has_twin(name):
         raise UsageError(
-            f"config.model.norm: got 'batched' for {name!r}, but {module.__name__} has no Batched{class_name}; "
+            f"config.model.norm: got a batched norm for {name!r}, but {module.__name__} has no Batched{class_name}; "
             f"expected it there: the network for a whole batch, with the same variables. Write it, or train with "
             f"--config.model.norm=vmap"
         )

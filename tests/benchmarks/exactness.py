@@ -15,19 +15,26 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import lax
 
-from vmapbn_flax import BatchedBatchNorm, BatchNorm, VmapBatch
+from vmapbn_flax import BatchedBatchNorm, BatchNorm, BatchRenorm, VmapBatch
+from vmapbn_flax.nn import nnx as ours
 
 BATCH, FEATURES, EPSILON = 128, 100, 1e-5
-OFFSETS = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+OFFSETS = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 # From their sources: the variance, then the output. `inv` is 1 / sqrt(var + epsilon).
 FORMULAS = {
     "ours, vmapped": "`d = x - mean(x); c = mean(d); var = mean(d * d) - c * c; y = (d - c) * inv`, "
     "two reductions over the axis of `jax.vmap`",
     "ours, batched": "the same on a whole batch",
+    "ours, nnx": "the same again, under `nnx.vmap`",
+    "ours, renorm": "batch renormalisation, by the running statistics x[0] and 2; its d has the digits of the mean "
+    "that float32 has no place for",
     "flax": "`var = max(0, mean(x * x) - mean(x)**2); y = (x - mean(x)) * inv`, one reduction "
     "(`use_fast_variance=True`, the default)",
+    "flax nnx": "the same",
     "haiku": "the same without the `max`, so that rounding can make the variance negative, hence NaN",
     "equinox": '`var = mean((x - mean(x))**2); y = (x - mean(x)) / sqrt(var + epsilon)` (`mode="batch"`)',
     "torch": "`var = mean((x - mean(x))**2); y = x * inv - mean(x) * inv` (on a CPU)",
@@ -44,6 +51,13 @@ def exact(x: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return y, inv * (g - g.mean(0) - y * (g * y).mean(0))
 
 
+def exact_renorm(x: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of batch renormalisation within its limits, which is normalised by the running statistics."""
+    _, grad = exact(x, cotangent)
+    sigma = np.sqrt(2 + EPSILON)
+    return (np.float64(x) - x[0]) / sigma, grad * np.sqrt(np.float64(x).var(0) + EPSILON) / sigma
+
+
 def layers() -> dict[str, Layer]:
     """Each layer as a function of a batch and a cotangent that returns outputs and gradient."""
 
@@ -51,6 +65,16 @@ def layers() -> dict[str, Layer]:
         variables = jax.jit(lambda: layer.init(jax.random.key(0), jnp.ones((BATCH, FEATURES)), **train))()
         return differentiated(lambda x: layer.apply(variables, x, **train, mutable=["batch_stats"])[0])
 
+    def new(Norm: type[nnx.Module], call: Callable) -> Layer:
+        return differentiated(lambda x: call(Norm(FEATURES, epsilon=EPSILON, rngs=nnx.Rngs(0)), x))
+
+    def renorm(x: jax.Array) -> jax.Array:
+        stats = {"mean": x[0], "var": jnp.full(FEATURES, 2.0), "count": jnp.int32(0)}
+        at_once = {"warmup_steps": 0, "r_max_steps": 0, "d_max_steps": 0}
+        layer = VmapBatch(BatchRenorm(epsilon=EPSILON, use_scale=False, use_bias=False, **at_once))
+        return layer.apply({"batch_stats": lax.stop_gradient(stats)}, x, train=True, mutable=["batch_stats"])[0]
+
+    vmapped = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="batch")
     haiku = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99, eps=EPSILON)(x, True))
     haiku_variables = haiku.init(None, jnp.ones((BATCH, FEATURES)))
     model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(FEATURES, "batch", eps=EPSILON, mode="batch")
@@ -58,7 +82,10 @@ def layers() -> dict[str, Layer]:
     found = {
         "ours, vmapped": linen(VmapBatch(BatchNorm(epsilon=EPSILON)), train=True),
         "ours, batched": linen(BatchedBatchNorm(epsilon=EPSILON), train=True),
+        "ours, nnx": new(ours.BatchNorm, vmapped),
+        "ours, renorm": differentiated(renorm),
         "flax": linen(nn.BatchNorm(epsilon=EPSILON), use_running_average=False),
+        "flax nnx": new(nnx.BatchNorm, nnx.BatchNorm.__call__),
         "haiku": differentiated(lambda x: haiku.apply(*haiku_variables, None, x)[0]),
         "equinox": differentiated(lambda x: equinox(x, state)[0]),
     }
@@ -96,7 +123,8 @@ def measure(offsets: Sequence[float] = OFFSETS) -> dict[str, list[tuple[float, f
     for name, layer in layers().items():
         for offset in offsets:
             x, g = np.float32(noise + offset), np.float32(cotangent)
-            (y, grad), (exact_y, exact_grad) = layer(x, g), exact(x, g)
+            want = exact_renorm if name == "ours, renorm" else exact
+            (y, grad), (exact_y, exact_grad) = layer(x, g), want(x, g)
             grad_error = np.abs(grad - exact_grad).max() / np.abs(exact_grad).max()
             errors.setdefault(name, []).append((float(np.abs(y - exact_y).max()), float(grad_error)))
     return errors
@@ -138,7 +166,24 @@ Gradients with respect to the input, as a fraction of the largest one:
 
 What each computes:
 
-{formulas}""")
+{formulas}
+
+## How large, how small
+
+Outputs and statistics that overflow are NaN, never wrong numbers; the training program skips such a step and counts
+it. Of ours, in float32:
+
+| | right | beyond |
+| --- | --- | --- |
+| inputs, for outputs and statistics | the squares of x - mean(x) sum to less than 3.4e38 | NaN |
+| of 128 examples; of 100,000 values | up to 1e18; up to 4e16 | |
+| inputs, for gradients | up to a tenth of that, if those of the results are of order one | off by some per cent |
+| small inputs | all; a variance below 1e-30 is nothing beside epsilon | |
+| mask weights | from 1e-36 on, in any mixture; those below 1.2e-38 are zero on most devices | |
+| sum of the weights, and of weight times input | below 3.4e38 | refused; NaN where it is traced |
+| bfloat16 and float16 | as the float32 that they are turned into first | |
+
+These limits are tests: `tests/nn/test_extremes.py`.""")
 
 
 if __name__ == "__main__":

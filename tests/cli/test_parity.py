@@ -42,6 +42,14 @@ def test_a_small_array_that_is_all_wrong():
     assert not row.within
 
 
+def test_a_count_does_not_hide_statistics():
+    """Batch renorm's count of steps is the largest entry, but no measure of rounding."""
+    first, second = ({"count": jnp.int32(10_000), "mean": jnp.float32(mean)} for mean in (0.1, 0.2))
+    row = compare("", first, second, 1e-3)
+    assert (row.array, row.within) == ("mean", False)
+    assert not compare("", first, first | {"count": jnp.int32(9_999)}, 1e-5).within
+
+
 def test_an_array_that_is_rounding_alone():
     """Its difference is as large as it is, but only 1e-7 of the other's entries."""
     row = compare("", tree([1.0], [3e-8]), tree([1.0], [-7e-8]), 2e-5)

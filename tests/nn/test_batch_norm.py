@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import oracle
 from tests.helpers.oracle import error, measure, train
-from vmapbn_flax import BatchedBatchNorm, BatchNorm
+from vmapbn_flax import BatchedBatchNorm, BatchNorm, VmapBatch
 
 both = pytest.mark.parametrize("Layer", [BatchNorm, BatchedBatchNorm])
 
@@ -49,7 +49,7 @@ def test_by_hand(Layer):
 
 
 @both
-@pytest.mark.parametrize("offset", [0, 1, 10, 1e2, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("offset", [0, 1, 10, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7])
 def test_float64_oracle_at_every_offset(Layer, offset):
     x, cotangent = normal(128, 16) + np.float32(offset), normal(128, 16, seed=3)
     got = measure(Layer(), variables(16)["params"], x, cotangent)
@@ -262,6 +262,13 @@ def test_masked_values_disturb_nothing(Layer, dtype, positions, fast):
         assert error(getattr(got, name), getattr(want, name), where=present) < 2e-6, name
     for name in ("mean", "var", "dscale", "dbias"):
         assert error(getattr(got, name), getattr(want, name), relative=True) < 2e-6, name
+
+
+@both
+def test_a_mask_may_have_a_last_axis_of_one(Layer):
+    x, mask = normal(8, 4, 3), np.random.default_rng(4).integers(0, 2, (8, 4))
+    for got, want in zip(*(measure(Layer(), parameters(3), x, x, m) for m in (mask, mask[..., None])), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @both
@@ -539,6 +546,20 @@ def test_defaults_are_flax_s():
     assert (ours.use_fast_variance, theirs.use_fast_variance) == (False, True)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_initialisation_normalises_by_the_batch(masked):
+    """By the axes that are mapped, as flax.linen's; no statistic moves."""
+    x, mask = 3 + normal(6, 4, 3), jnp.arange(6) < 4 if masked else None
+    key, want = jax.random.key(0), oracle.batch_norm(x, weights=mask).y
+    present = True if mask is None else np.asarray(mask)[:, None, None]
+    for layer in (BatchedBatchNorm(), VmapBatch(BatchNorm())):
+        y, vs = layer.init_with_output(key, jnp.asarray(x), train=True, mask=mask)
+        assert error(y, want, where=present) < 1e-6
+        jax.tree.map(np.testing.assert_array_equal, vs, variables(3))
+    y, _ = BatchNorm().init_with_output(key, jnp.asarray(x[0]), train=True)
+    assert error(y, oracle.batch_norm(x[0]).y) < 1e-6
+
+
 # Errors.
 
 
@@ -546,6 +567,15 @@ def test_defaults_are_flax_s():
 def test_train_has_no_default(Layer):
     with pytest.raises(TypeError, match="train"):
         Layer().init(jax.random.key(0), jnp.ones((2, 3)))
+
+
+@both
+def test_train_is_said_once(Layer):
+    x, vs = jnp.asarray(normal(4, 3)), variables(3, mean=0.5)
+    want = Layer().apply(vs, x, train=False)
+    np.testing.assert_array_equal(Layer(train=False).apply(vs, x), want)
+    with pytest.raises(ValueError, match="got train=True in the call and train=False as its attribute; expected one"):
+        Layer(train=False).apply(vs, x, train=True)
 
 
 @both
@@ -685,6 +715,16 @@ print(json.dumps(counts))
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     output = subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True)
     assert json.loads(output.stdout) == [2] * 4 + [1] * 4
+
+
+@both
+def test_where_jax_refuses_to_broadcast(Layer):
+    x = normal(8, 4, 3)
+    with jax.numpy_rank_promotion("raise"):
+        y, _ = train(Layer(epsilon=2e-5), variables(3), x)
+        evaluated = Layer().apply(variables(3), jnp.asarray(x), train=False)
+    assert error(y, oracle.batch_norm(x, epsilon=2e-5).y) < 1e-6
+    np.testing.assert_allclose(evaluated, x, rtol=1e-4)
 
 
 # Derivatives beyond the gradient.

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tests.helpers import oracle
 from tests.helpers.oracle import measure, train
-from vmapbn_flax import BatchedBatchNorm, BatchNorm
+from vmapbn_flax import BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm
 
 SHAPES = [(12, 2), (9, 4, 1), (5, 3, 2, 3)]  # (batch, *spatial, features)
 both = st.sampled_from([BatchNorm, BatchedBatchNorm])
-offsets = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, 1.0, -1e3, 1e6]))
+offsets = st.one_of(st.floats(-1e7, 1e7), st.sampled_from([0.0, 1.0, -1e3, 1e6, 1e7]))
 scales = st.floats(1e-3, 1e3)
 
 
@@ -90,11 +90,25 @@ def test_masks(draw, Layer, per_position):
 
 
 @settings(max_examples=60)
+@given(st.data(), both, st.booleans())
+def test_complex(draw, Layer, masked):
+    shape = SHAPES[2]
+    real, params, cotangent = draw.draw(data(shape))
+    imaginary, _, other = draw.draw(data(shape))
+    x, cotangent = real + 1j * imaginary, cotangent + 1j * other
+    mask = draw.draw(masks(shape[:1])) if masked else np.ones(shape[0], np.float32)
+    present = np.broadcast_to((mask > 0).reshape(-1, *(1,) * (x.ndim - 1)), shape)
+    x, cotangent = np.where(present, x, np.complex64(np.nan)), np.where(present, cotangent, np.complex64(0))
+    got = measure(Layer(), params, x, cotangent, jnp.asarray(mask) if masked else None)
+    check(got, oracle.batch_norm(x, cotangent, **params, weights=mask), x, params, cotangent, present, 2e-6)
+
+
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from([jnp.bfloat16, jnp.float16]), st.sampled_from(SHAPES[1:]))
 def test_narrow_dtypes(draw, dtype, shape):
     """Exact statistics of what was rounded on the way in, one rounding on the way out."""
     x, params, _ = draw.draw(data(shape))
-    x = np.asarray(np.clip(x, -6e4, 6e4), dtype)
+    x = np.asarray(np.clip(x, -6e4, 6e4) if dtype == jnp.float16 else x, dtype)
     got = measure(BatchNorm(dtype=dtype), params, x, np.ones(shape, np.float32))
     want = oracle.batch_norm(x, **params)
     assert got.y.dtype == dtype
@@ -133,3 +147,27 @@ def test_nestings(draw, axes, masked):
     for name, unit in (("mean", largest + 1e-3), ("var", spread + resolution(largest) ** 2)):
         average = np.mean([getattr(want, name) for _, _, want in wanted], 0)
         assert oracle.error(stats[name], average) < 1e-6 * unit, name
+
+
+@settings(max_examples=60)
+@given(st.data(), st.sampled_from([BatchRenorm, BatchedBatchRenorm]), st.booleans())
+def test_renorm(draw, Layer, masked):
+    """With running statistics that are within a few deviations of the batch's, and limits that some features reach."""
+    shape = SHAPES[2]
+    x, params, cotangent = draw.draw(data(shape))
+    mask = draw.draw(masks(shape[:-1])) if masked else np.ones(shape[:-1], bool)
+    present = np.broadcast_to((mask > 0)[..., None], shape)
+    x, cotangent = np.where(present, x, np.float32(np.nan)), np.where(present, cotangent, np.float32(0))
+    plain = oracle.batch_norm(x, weights=mask)
+    apart = np.array([draw.draw(st.floats(-4, 4)) for _ in range(3)])
+    ratio = np.array([draw.draw(st.floats(0.1, 10)) for _ in range(3)])
+    running = {
+        "mean": np.float32(plain.mean + apart * np.sqrt(plain.var)),
+        "var": np.float32(plain.var * ratio),
+        "count": np.int32(3),
+    }
+    layer = Layer(r_max=2.0, d_max=2.0, warmup_steps=0, r_max_steps=0, d_max_steps=0)
+    got = measure(layer, params, x, cotangent, jnp.asarray(mask) if masked else None, running)
+    correct = oracle.correction(running, r_max=2.0, d_max=2.0)
+    want = oracle.batch_norm(x, cotangent, **params, weights=mask, correct=correct)
+    check(got, want, x, params, cotangent, present, tolerance=3e-6)

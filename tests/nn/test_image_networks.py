@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from vmapbn_flax import BatchedBatchNorm, BatchedConvNet, BatchedResNet, BatchNorm, ConvNet, ResNet, VmapBatch
 from vmapbn_flax.nn import images
@@ -170,15 +171,45 @@ def test_ghost_batches(name):
 
 
 def test_pooling_is_that_of_flax():
-    """And its gradient, which flax takes by select-and-scatter, several times as slow on a CPU."""
+    """And its derivatives; that gradient flax takes by select-and-scatter, several times as slow on a CPU."""
     x, cotangent = normal(2, 7, 6, 3), normal(2, 3, 3, 3, seed=1)
+    x[0, :2, :2] = -1  # a window without a gradient
+    x = jnp.asarray(x)
 
     def pooled(pool):
-        return jax.value_and_grad(lambda x: jnp.sum(cotangent * pool(x)))(x)
+        return jax.value_and_grad(lambda x: jnp.sum(cotangent * pool(x) ** 3))(x)
 
-    want = pooled(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
-    jax.tree.map(np.testing.assert_array_equal, pooled(images.max_pool), want)
-    np.testing.assert_array_equal(images.max_pool(jnp.asarray(x[0])), images.max_pool(jnp.asarray(x))[0])
+    def flax_s(x):
+        return nn.relu(nn.max_pool(x, (2, 2), (2, 2)))
+
+    jax.tree.map(np.testing.assert_array_equal, pooled(images.max_pool_relu), pooled(flax_s))
+    np.testing.assert_array_equal(images.max_pool_relu(x[0]), images.max_pool_relu(x)[0])
+    hessian = jax.hessian(lambda x: jnp.sum(images.max_pool_relu(x.reshape(2, 2, 1)) ** 3))(jnp.array([1.0, 3, 2, 3]))
+    np.testing.assert_array_equal(hessian, np.diag([0, 18, 0, 0]))  # of equals, the first
+    missing = jnp.full((2, 2, 1), jnp.nan).at[0].set(1)
+    assert jnp.isnan(images.max_pool_relu(missing)).all()
+
+
+@pytest.mark.parametrize(("size", "channels"), [(3, 1), (3, 3), (5, 1)])
+def test_products_with_small_patches_are_the_convolution(size, channels):
+    """With derivatives in every variable, in both modes, under vmap, and in bfloat16."""
+    x, kernel = map(jnp.asarray, (normal(2, 7, 6, channels), normal(size, size, channels, 4, seed=1) / size))
+    pad = size // 2
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": None}
+
+    def by(convolve):
+        def result(x, kernel):
+            return jnp.tanh(convolve(x, kernel, (1, 1), ((pad, pad), (pad, pad)), **options))
+
+        one = jax.vmap(lambda x: result(x[None], kernel)[0])(x)
+        gradients = jax.grad(lambda *both: jnp.sum(result(*both) ** 2), (0, 1))(x, kernel)
+        narrow = result(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+        return (one, result(x, kernel), gradients, jax.jvp(result, (x, kernel), (x, kernel))), narrow
+
+    (got, narrow), (want, wanted) = by(images._convolution), by(lax.conv_general_dilated)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), got, want)
+    assert narrow.dtype == wanted.dtype
+    np.testing.assert_allclose(narrow.astype(np.float32), wanted.astype(np.float32), atol=1e-2)
 
 
 # What He et al. have.

@@ -94,6 +94,21 @@ def test_stopped_and_resumed_is_never_stopped(train, stop, workdir, undisturbed,
     assert not leftovers(workdir)
 
 
+def test_renorm_whose_statistics_are_frozen_resumes(train, stop, workdir, tmp_path):
+    """The count of steps comes back, and the program that trains from the restored step on."""
+    flags = ["--config.model.norm=renorm", "--config.model.freeze_norm_after=2.5"]
+    flags += ["--config.model.renorm_warmup_epochs=0.5", "--config.model.renorm_full_epochs=1.5"]
+    run.train(parse_config([CONFIG, *flags])[0], tmp_path / "undisturbed")
+    for step in (7, 15, 17):  # within the growth of the limits, at the 15th step, which is frozen, and after it
+        stop(step)
+        assert train(*flags)[0] == 128 + signal.SIGTERM
+    stop(0)
+    assert train(*flags)[0] == 0
+    assert outcome(workdir) == outcome(tmp_path / "undisturbed")
+    first, last = (state_bytes(workdir, step) for step in saved_steps(workdir / "checkpoints")[-2:])
+    assert {name for name in first if "batch_stats" in name and first[name] != last[name]} == set()
+
+
 def test_one_row_a_step_and_kind(undisturbed):
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     train_rows = [row["step"] for row in rows if "train_loss" in row]

@@ -19,6 +19,7 @@ from tests.helpers.trained import NAMES, conv, dataset, in_colour, write
 from tests.runs.test_untrusted import resum
 from tests.training import test_own_network as own
 from vmapbn_flax import load_run
+from vmapbn_flax.cli import evaluate as evaluate_module
 from vmapbn_flax.data.binary import binarised
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs.trained import _BATCH, TrainedRun
@@ -73,6 +74,22 @@ def test_accuracy_is_that_of_the_evaluation(kind):
     loss = -np.log(probabilities[np.arange(37), test.labels]).mean()
     tolerance = 1e-5 if run.config.model.dtype == "float32" else 1e-3  # XLA rounds to bfloat16 where each program needs
     np.testing.assert_allclose(loss, run.figures["test_loss"], rtol=tolerance)
+
+
+@pytest.mark.parametrize("norm", ["renorm", "batched_renorm"])
+def test_a_run_with_renorm(norm, tmp_path):
+    """Its statistics have a count. It evaluates in either form, and folds as batch norm does."""
+    data = dataset()
+    run = load_run(write(tmp_path / "run", small.config(model__norm=norm), data))
+    assert run.variables["batch_stats"]["norm_0"]["count"].dtype == np.int32
+    probabilities = run.predict(data.test.images)
+    assert np.float32((probabilities.argmax(-1) == data.test.labels).mean()) == np.float32(run.figures["test_accuracy"])
+    np.testing.assert_allclose(run.fold().predict(data.test.images), probabilities, rtol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "load_dataset", lambda *arguments: data)
+        for form in ("vmap", "batched"):
+            figures = evaluate_module.evaluate(tmp_path / "run", norm=form)
+            assert figures["test_accuracy"] == run.figures["test_accuracy"]
 
 
 def test_the_network_is_plain_flax(kind):

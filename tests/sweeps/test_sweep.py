@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_width
+from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_renorm, sweep_width
 from tests.helpers import small
 from tests.helpers.runs import command
 from vmapbn_flax import default_config, load_run
@@ -190,11 +190,19 @@ def test_names_of_draws():
     assert all(0.25 <= float(name.split(",")[1].split("=")[1]) <= 0.251 for name in names)
 
 
-@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_width, sweep_best])
+@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best])
 def test_configs(module):
     members = expand(module.get_config())
-    sizes = {sweep_lr: [15], sweep_norm: [5, 5, 5], sweep_width: [3, 3, 3, 3], sweep_best: [24]}[module]
+    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24]}.get(module, [5, 5, 5])
     assert [len(together) for together in program_groups(members)] == sizes
+
+
+def test_members_share_a_program_that_freezes_its_norms_at_one_step():
+    config = small.config().unlock()
+    config.data.validation_size = 20
+    config.sweep.model.freeze_norm_after = (0.0, 1.0)
+    config.sweep.model.renorm_r_max = (2.0, 3.0)
+    assert [len(together) for together in program_groups(expand(config))] == [2, 2]
 
 
 BAD = [

@@ -24,8 +24,14 @@ def test_hyperparameters_are_the_config_s_numbers():
     dtypes = {name: value.dtype.name for name, value in hyper.items()}
     assert dtypes.pop("seed") == "uint32"
     assert dtypes.pop("optimizer.warmup_steps") == dtypes.pop("train.num_steps") == "int32"
-    assert len(dtypes) == 8
+    assert dtypes.pop("model.renorm_warmup_steps") == dtypes.pop("model.renorm_full_steps") == "int32"
+    assert len(dtypes) == 10
     assert set(dtypes.values()) == {"float32"}
+
+
+def test_more_steps_than_an_int32_holds():
+    hyper = make_hyperparameters(small.config(model__renorm_full_epochs=1e300), small.STEPS_PER_EPOCH)
+    assert hyper["model.renorm_full_steps"] == 2**31 - 1
 
 
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.traced])

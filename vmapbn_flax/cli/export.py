@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from vmapbn_flax.cli import environment
-from vmapbn_flax.runs.export import export, require_writable
+from vmapbn_flax.runs.export import export, require_form
 from vmapbn_flax.runs.trained import TrainedRun, load_run
 
 
@@ -16,7 +16,7 @@ def run(arguments: argparse.Namespace, started: float) -> int:
 def write(arguments: argparse.Namespace, change: Callable[[TrainedRun], TrainedRun]) -> int:
     """Exports what `change` makes of the run."""
     environment.import_from_here()
-    require_writable(arguments.output)  # before anything takes time
+    require_form(arguments.output)  # before anything takes time
     trained = load_run(arguments.workdir, arguments.step, network=arguments.network)
     note = export(change(trained), arguments.output)
     print(arguments.output, note, sep="\n" if note else "")

@@ -16,6 +16,7 @@ from vmapbn_flax import signals
 from vmapbn_flax.config import validate
 from vmapbn_flax.data import load_dataset
 from vmapbn_flax.errors import UsageError
+from vmapbn_flax.networks import in_form
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.console import table
 from vmapbn_flax.training.metrics import TrainMetrics, compute
@@ -58,7 +59,7 @@ def compare(what: str, first: PyTree, second: PyTree, tolerance: float) -> Diffe
     for name, size in largest.items():
         if not np.isfinite(size):
             return Difference(what, name, np.nan, np.nan, np.nan, tolerance)
-    floor = _FLOOR * max(largest.values())
+    floor = _FLOOR * max(size for size in largest.values() if not isinstance(size, np.integer))  # counts are exact
     found = []
     for (name, size), (a, b) in zip(largest.items(), pairs, strict=True):
         apart = float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
@@ -80,12 +81,15 @@ def parity(config: ConfigDict) -> list[Difference]:
     """
     validate(config)
     if config.model.norm == "none":
-        raise UsageError("config.model.norm: got 'none', expected 'vmap' or 'batched': parity compares the two")
+        raise UsageError(
+            "config.model.norm: got 'none', expected 'vmap' or 'batched', or 'renorm' or "
+            "'batched_renorm': parity compares the two"
+        )
     dataset = load_dataset(config.data)
     programs = []
-    for norm in ("vmap", "batched"):
+    for batched in (False, True):
         variant = config.copy_and_resolve_references()  # a deep copy: programs read it when they are compiled
-        variant.model.norm = norm
+        variant.model.norm = in_form(config.model.norm, batched=batched)
         programs.append(Programs([variant], dataset))
     with contextlib.closing(programs[0]) as vmap, contextlib.closing(programs[1]) as batched:
         return _compare_programs(vmap, batched)

@@ -122,8 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
     command = add(
         "predict",
         "name the classes of images",
-        "Takes PNG and JPEG files, folders of them, and arrays in .npy and .npz files. Images of another size\n"
-        "or mode are converted, and it says so. Exits with 1 if a file cannot be read.",
+        "Takes PNG and JPEG files, folders of them, .npy and .npz files.\n"
+        "Images of another size or kind are converted, which it says. Exits with 1 if a file cannot be read.",
     )
     command.add_argument("workdir", **workdir)
     command.add_argument("images", nargs="+", type=_path, metavar="image", help="a file or a folder")
@@ -133,7 +133,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--csv", type=_path, metavar="FILE", help="writes the probabilities of all classes")
     command.add_argument("--strict", action="store_true", help="refuses images that would have to be converted")
     command.add_argument(
-        "--invert", action="store_true", help="exchanges dark and bright, as for ink on paper where chalk was learned"
+        "--invert",
+        action="store_true",
+        help="exchanges dark and bright, for ink on paper where the training images were the opposite",
     )
 
     for name, summary, more in (

@@ -4,6 +4,7 @@ Uses jax, flax and numpy, and no other room of this package.
 """
 
 from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm
+from vmapbn_flax.nn.batch_renorm import BatchedBatchRenorm, BatchRenorm
 from vmapbn_flax.nn.conv_net import BatchedConvNet, ConvNet
 from vmapbn_flax.nn.folding import fold
 from vmapbn_flax.nn.mlp import MLP, BatchedMLP
@@ -13,7 +14,9 @@ from vmapbn_flax.nn.vmap_batch import VmapBatch
 __all__ = [
     "MLP",
     "BatchNorm",
+    "BatchRenorm",
     "BatchedBatchNorm",
+    "BatchedBatchRenorm",
     "BatchedConvNet",
     "BatchedMLP",
     "BatchedResNet",

@@ -9,21 +9,30 @@ the statistics.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Inexact, Num
 
-from vmapbn_flax.nn.checks import require_bool, require_weights
-from vmapbn_flax.nn.moments import Moments, batch_moments
+from vmapbn_flax.nn.checks import merge_train, require_weights
+from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting, inverse_sqrt
+from vmapbn_flax.nn.positions import spread
 
 AxisName = str | tuple[str, ...]
 _ROUNDING = 1e-6  # of a sample size, in float32
 
 Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
+
+
+class Correction(NamedTuple):
+    """What a normalised value is multiplied by, and what is then added to it: r and d of batch renormalisation."""
+
+    factor: Float[Array, " features"]
+    shift: Inexact[Array, " features"]
 
 
 class BatchNorm(nn.Module):
@@ -61,6 +70,10 @@ class BatchNorm(nn.Module):
     axis of groups in `replica_axis_name`. Each group is normalised by its own statistics. The running
     statistics follow the average over the groups that hold examples.
 
+    Frozen: with `frozen=True` a layer trains by its running statistics and leaves them, as `flax.linen.BatchNorm` does
+    with `use_running_average=True`. It is then an affine map of each example, in training as in evaluation, and needs
+    no axis.
+
     Attributes:
       axis_name: the axis or axes to normalise over.
       replica_axis_name: the mapped axes that are *not* normalised over; running statistics are
@@ -78,9 +91,12 @@ class BatchNorm(nn.Module):
         the number of values. Of weights w it is Kish's effective sample size, (sum w)^2 / sum w^2 (Kish, 1965,
         Survey Sampling), as in `numpy.cov(aweights=w)`. If one value has all the weight, n = 1, nothing is known of
         the variance and it is left as it is. Normalisation still uses the biased variance.
+      frozen: normalise by the running statistics in training, too, and leave them.
+      train: as in the call, where it is then left out: for `flax.linen.Sequential` and the lifted transformations,
+        which would trace it. There is no default.
     """
 
-    axis_name: AxisName = "batch"
+    axis_name: AxisName | None = "batch"
     replica_axis_name: AxisName = ()
     momentum: float | Float[Array, ""] | None = 0.99
     epsilon: float | Float[Array, ""] = 1e-5
@@ -92,33 +108,39 @@ class BatchNorm(nn.Module):
     scale_init: Callable[..., Array] = nn.initializers.ones
     use_fast_variance: bool = False
     unbiased_running_var: bool = False
+    frozen: bool = False
+    train: bool | None = None
+
+    _counts_steps = False  # whether there is a `count` whatever the momentum
 
     @nn.compact
+    @broadcasting
     def __call__(
-        self, x: Num[Array, "*positions features"], *, train: bool, mask: Mask | None = None
+        self, x: Num[Array, "*positions features"], *, train: bool | None = None, mask: Mask | None = None
     ) -> Num[Array, "*positions features"]:
         """Normalises one example.
 
         Args:
           x: one example, `(*spatial, features)`.
           train: if True, normalise by the statistics of the batch and move the running statistics
-            (`batch_stats` must be mutable); if False, normalise by the running statistics.
+            (`batch_stats` must be mutable), unless the layer is frozen; if False, normalise by the running statistics.
+            While the layer is initialised no statistics move, and the axes that are mapped are the batch, if any is.
           mask: booleans or finite, non-negative weights that say which values count in training: a scalar for the
-            whole example, or `(*spatial,)`, one entry per position. Values of weight zero may be anything,
-            NaN included, and their results are finite. If all weights of the batch are zero, the running
-            statistics stay as they are. Under a transformation such as `jax.jit` weights are not checked, since
-            they have no values yet.
+            whole example, or `(*spatial,)` or `(*spatial, 1)`, one entry per position. Values of weight zero may
+            be anything, NaN included, and their results are finite. If all weights of the batch are zero, the
+            running statistics stay as they are. Under a transformation such as `jax.jit` weights are not checked,
+            since they have no values yet.
 
         Returns:
           The normalised example, in the shape of `x`.
 
         Raises:
           NameError: in training, an axis in `axis_name` or `replica_axis_name` is not mapped.
-          TypeError: `train` is not a bool.
-          ValueError: the batch has one value per feature, or the mask has another shape or weights that are
-            negative, infinite or NaN.
+          TypeError: `train` is not a bool, or is neither in the call nor the attribute.
+          ValueError: `train` is in both, the batch has one value per feature, or the mask has another shape or
+            weights that are negative, infinite or NaN.
         """
-        require_bool(train, self._label())
+        train = merge_train(self.train, train, self._label())
         features = x.shape[-1:]
         stats_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
         mean_dtype = jnp.promote_types(stats_dtype, jnp.complex64) if jnp.iscomplexobj(x) else stats_dtype
@@ -126,43 +148,56 @@ class BatchNorm(nn.Module):
             "mean": self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype),
             "var": self.variable("batch_stats", "var", jnp.ones, features, stats_dtype),
         }
-        if self.momentum is None:
+        if self.momentum is None or self._counts_steps:
             running["count"] = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        # Initialisation needs only shapes: no axis is mapped, and the statistics must keep their initial values.
-        if train and not self.is_initializing():
-            weights = self._weights(x, mask)
-            moments = batch_moments(x, weights, as_axes(self.axis_name), self.use_fast_variance)
-            self._update(running, moments, weights)
+        correction = None
+        if train and not self.frozen:
+            axis_name, weights = self._batch_axes(x), self._weights(x, mask)
+            moments = batch_moments(x, weights, axis_name, self.use_fast_variance)
+            if not self.is_initializing():
+                correction = self._correction(running, moments)
+                self._update(running, moments, weights)
             centred, var = moments.centred, moments.var
+            replicas = tuple(filter(_is_mapped, as_axes(self.replica_axis_name)))
+            broadcast = partial(spread, x=x, axis_name=axis_name, replica_axis_name=replicas)
         else:
             centred, var = x - running["mean"].value, running["var"].value
-        multiplier = lax.rsqrt(var + self.epsilon)
+            broadcast = jnp.asarray
+        multiplier, shift = inverse_sqrt(jnp.asarray(var + self.epsilon)), bias
+        if correction is not None:
+            multiplier = multiplier * correction.factor
+            added = correction.shift if scale is None else correction.shift * scale
+            shift = added if bias is None else added + bias
         if scale is not None:
             multiplier = multiplier * scale
-        y = centred * multiplier
-        if bias is not None:
-            y = y + bias
+        y = centred * broadcast(multiplier)
+        if shift is not None:
+            y = y + broadcast(shift)
         return y.astype(dtype)
 
-    def _weights(self, x: Array, mask: Array | None) -> Array | None:
-        """The weight of each value, `(*positions, 1)`, once the axes, the batch and the mask are known to be right."""
+    def _batch_axes(self, x: Array) -> tuple[str, ...]:
+        """The named axes of the batch, once they and its size are known to be right."""
         axis_name, replicas = as_axes(self.axis_name), as_axes(self.replica_axis_name)
-        for name in axis_name + replicas:
-            try:
-                lax.axis_size(name)
-            except NameError:
-                raise NameError(self._missing_axis(name)) from None
+        missing = [name for name in axis_name + replicas if not _is_mapped(name)]
+        if self.is_initializing():  # any batch will do, one example alone too
+            return tuple(name for name in axis_name if name not in missing)
+        if missing:
+            raise NameError(self._missing_axis(missing[0]))
         if math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name)) == 1:
             raise ValueError(
                 f"{self._label()}: got a training batch of one value per feature, whose variance is zero and "
                 f"whose normalised value is zero whatever it was; expected two or more. Use a larger batch, "
                 f"or train=False to normalise by the running statistics."
             )
+        return axis_name
+
+    def _weights(self, x: Array, mask: Array | None) -> Array | None:
+        """The weight of each value, `(*positions, 1)`, once the mask is known to be right."""
         if mask is None:
             return None
         if mask.shape not in self._mask_shapes(x):
@@ -190,20 +225,21 @@ class BatchNorm(nn.Module):
         some = groups > 0
         groups = jnp.maximum(groups, 1)
 
-        if self.momentum is None:
-            seen = running["count"].value
-            step_size = 1 / (seen + 1)
-            running["count"].value = seen + some
-        else:
-            step_size = 1 - self.momentum
+        step_size = 1 / (running["count"].value + 1) if self.momentum is None else 1 - self.momentum
+        if "count" in running:
+            running["count"].value += some
         for name, batch in (("mean", mean / groups), ("var", var / groups)):
             old = running[name].value
             moved = (1 - step_size) * old + step_size * batch
             moved = jnp.where(some, moved, old)
             running[name].value = moved.astype(moved.dtype if jnp.iscomplexobj(moved) else old.dtype)
 
+    def _correction(self, running: dict[str, nn.Variable], moments: Moments) -> Correction | None:
+        """The correction of a training batch, by the running statistics before they move."""
+        return None
+
     def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
-        return list(dict.fromkeys([(), x.shape[:-1]]))
+        return list(dict.fromkeys([(), x.shape[:-1], (*x.shape[:-1], 1)]))
 
     def _label(self) -> str:
         return f"{type(self).__name__} {'/'.join(self.path)}".rstrip()
@@ -223,16 +259,26 @@ class BatchedBatchNorm(BatchNorm):
     """The textbook layer: `BatchNorm` on a whole batch, `(batch, *spatial, features)`.
 
     Statistics run over every axis of `x` but the last, and over the named axes in `axis_name`, of
-    which there are none by default. `mask` is `(batch,)` or `(batch, *spatial)`. Everything else,
-    the variables included, is `BatchNorm`'s.
+    which there are none by default. `mask` is `(batch,)`, `(batch, *spatial)` or `(batch, *spatial, 1)`.
+    Everything else, the variables included, is `BatchNorm`'s.
     """
 
-    axis_name: AxisName = ()
+    axis_name: AxisName | None = ()
 
     def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
-        return list(dict.fromkeys([x.shape[:1], x.shape[:-1]]))
+        return list(dict.fromkeys([x.shape[:1], x.shape[:-1], (*x.shape[:-1], 1)]))
 
 
-def as_axes(axis_name: AxisName) -> tuple[str, ...]:
-    """One name or several, as a tuple."""
+def as_axes(axis_name: AxisName | None) -> tuple[str, ...]:
+    """No name, one or several, as a tuple."""
+    if axis_name is None:
+        return ()
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def _is_mapped(name: str) -> bool:
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True

@@ -72,9 +72,8 @@ class ConvNet(nn.Module):
         layer = partial(images.conv_norm, norm=self.norm, train=train, dtype=self.dtype)
         for i, features in enumerate(self.features):
             x, mask = layer(x, mask, features, 3, suffix=str(i))
-            # Before the relu, which it commutes with and leaves a quarter of the work.
-            x, mask = images.max_pool(x), images.pool_mask(mask, x)
-            x = images.zero_positions(nn.relu(x), mask)
+            x, mask = images.max_pool_relu(x), images.pool_mask(mask, x)
+            x = images.zero_positions(x, mask)
         return nn.Dense(self.num_classes, name="logits")(x.reshape(*batch, -1))
 
 

@@ -6,15 +6,21 @@ The statistics are those of Chan, Golub & LeVeque (1983), eq. 1.7: two passes an
 
 `c` is the rounding error of the first mean. With this correction the result stays exact however far the
 data lies from zero; the one-pass formula E[x^2] - E[x]^2 loses every digit there. The square of a complex number is
-here that of its modulus, so that a variance is real.
+here that of its modulus, so that a variance is real. Numbers that are too large for these sums in float32 give NaN,
+never a wrong number.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
+
+from vmapbn_flax.nn.positions import spread, totals
 
 
 class Moments(NamedTuple):
@@ -24,6 +30,7 @@ class Moments(NamedTuple):
     mean: Inexact[Array, " features"]
     var: Float[Array, " features"]  # biased: divided by `count`
     weight: Float[Array, ""] | int  # behind each mean: examples x positions, or the sum of the weights
+    lost: Inexact[Array, " features"]  # in rounding `mean`: mean + lost has twice the digits
 
 
 def batch_moments(
@@ -37,26 +44,25 @@ def batch_moments(
     Takes two reductions across `axis_name`, or one with `use_fast_variance`. `weights=None` gives every
     position the weight one. Values of weight zero are ignored, NaN included.
     """
-    positions = tuple(range(x.ndim - 1))
 
     def total(*terms: Array) -> list[Array]:
-        return lax.psum([jnp.sum(term, positions) for term in terms], axis_name)
+        return totals(terms, axis_name)
 
     if weights is None:
-        present, weight = None, 1.0
+        present = None
         count = divisor = math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name))
         first = total(x, _square(x)) if use_fast_variance else total(x)
     else:
-        present, weight = weights > 0, weights
+        present = weights > 0
         x = jnp.where(present, x, 0)
         weighted = weights * x
         *first, count = total(weighted, *([weights * _square(x)] if use_fast_variance else []), weights)
         count = jnp.squeeze(count, 0)
-        divisor = jnp.where(count > 0, count, 1)
+        divisor = jnp.where(count < jnp.inf, jnp.where(count > 0, count, 1), jnp.nan)
 
     mean = first[0] / divisor
     if use_fast_variance:
-        var = first[1] / divisor - _square(mean)
+        var, lost = first[1] / divisor - _square(mean), jnp.zeros_like(mean)
     else:
         # Neither y nor var changes when every x is shifted by the same amount. So differentiation, of any order,
         # may treat the first mean as a constant, which saves a reduction in the backward pass.
@@ -65,13 +71,47 @@ def batch_moments(
         mean = _round(lax.stop_gradient(mean))
     d = x - mean if present is None else jnp.where(present, x - mean, 0)
     if not use_fast_variance:
-        c, var = (sum_ / divisor for sum_ in total(weight * d, weight * _square(d)))
-        mean, d, var = mean + c, d - c, var - _square(c)
-    return Moments(d, mean, jnp.where(var < 0, 0, var), count)
+        if weights is None:
+            c, var = (sum_ / divisor for sum_ in total(d, _square(d)))
+        else:
+            share = weights / divisor * d  # in this order no large weight overflows, and no small one is lost
+            c, var = total(share, _product(share, d))
+        shift, mean, d, var = mean, mean + c, d - spread(c, x, axis_name), var - _square(c)
+        lost = c - (mean - shift)
+    var = jnp.where(var < 0, 0, var)
+    var = var + 0 * lax.stop_gradient(var)  # NaN if it overflowed: by an infinite one every result would be zero
+    return Moments(d, mean, var, count, lost)
+
+
+@jax.custom_jvp
+def inverse_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`1 / sqrt(x)`, whose derivative is a product of factors near 1: of x = 1e26, x**-1.5 is zero in float32."""
+    return lax.rsqrt(x)
+
+
+@inverse_sqrt.defjvp
+def _inverse_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = inverse_sqrt(*primals)
+    return y, -0.5 * y * (y * (y * tangents[0]))
+
+
+def broadcasting(call: Callable) -> Callable:
+    """`call` as it is under jax_numpy_rank_promotion="allow": statistics meet positions by broadcasting, on purpose."""
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return call(*args, **kwargs)
+
+    return wrapped
 
 
 def _square(x: Array) -> Array:
-    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+    return _product(x, x)
+
+
+def _product(x: Array, y: Array) -> Array:
+    return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
 
 def _round(x: Array) -> Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from flax.core.scope import DenyList
 from jaxtyping import Array, Num
 
@@ -29,7 +30,9 @@ class VmapBatch(nn.Module):
     `module` if it was given one, else that of the `VmapBatch`.
 
     Attributes:
-      module: called as `module(x, train=train, mask=mask)` on one example `x`.
+      module: called as `module(x, train=train, mask=mask)` on one example `x`. Called without `train`, the lift
+        calls `module(x, mask=mask)`, or `module(x)` if there is no mask, either: a module may have `train` as an
+        attribute, as `flax.linen.Sequential` of layers that do.
       axis_name: name of the leading axis, or a tuple of names, outermost first.
     """
 
@@ -37,23 +40,26 @@ class VmapBatch(nn.Module):
     axis_name: AxisName = "batch"
 
     @nn.compact
-    def __call__(self, x: Num[Array, "*batch_and_example"], *, train: bool, mask: Mask | None = None) -> Any:
+    def __call__(
+        self, x: Num[Array, "*batch_and_example"], *, train: bool | None = None, mask: Mask | None = None
+    ) -> Any:
         """The module's result for each example.
 
         Args:
           x: `(*batch, *example)`, with one leading axis per name in `axis_name`.
-          train: True or False, passed to the module.
+          train: True or False, passed to the module. Left out if it is an attribute of the module or of its layers.
           mask: `(*batch,)` or `(*batch, *spatial)`, booleans or finite, non-negative weights, which are checked
             unless they are traced; the module gets the part of each example. Values of weight zero are replaced
             by zeros before the module sees them, so that no NaN in them can reach a gradient.
 
         Raises:
-          TypeError: `train` is not a bool.
+          TypeError: `train` is not a bool, or the module needs one.
           ValueError: `mask` does not fit `x`, or has weights that are negative, infinite or NaN; or a `BatchNorm`
             inside names a batch axis neither in its `axis_name` nor in its `replica_axis_name`.
         """
         names = as_axes(self.axis_name)
-        require_bool(train, "VmapBatch")
+        if train is not None:
+            require_bool(train, "VmapBatch")
         if x.ndim < len(names):
             raise ValueError(
                 f"VmapBatch(axis_name={self.axis_name!r}): got x of shape {x.shape}; expected a leading axis "
@@ -69,7 +75,9 @@ class VmapBatch(nn.Module):
             require_weights(mask, "VmapBatch")
 
         def call(module: nn.Module, x: Array, mask: Array | None) -> Any:
-            return module(x, train=train, mask=mask)
+            if train is not None:
+                return module(x, train=train, mask=mask)
+            return module(x) if mask is None else module(x, mask=mask)
 
         for name in reversed(names):
             call = nn.vmap(
@@ -107,10 +115,12 @@ def _require_axes(names: tuple[str, ...]) -> Callable:
 
     def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
-        if isinstance(layer, BatchNorm) and context.method_name == "__call__" and kwargs.get("train"):
+        if isinstance(layer, BatchNorm) and context.method_name == "__call__" and not layer.frozen:
+            told = (layer.train, kwargs.get("train"))  # what is no bool is for the layer to refuse
+            training = any(isinstance(train, bool | np.bool_) and train for train in told)
             own, replicas = as_axes(layer.axis_name), as_axes(layer.replica_axis_name)
             for name in names:
-                if name not in own + replicas:
+                if training and name not in own + replicas:
                     raise ValueError(_unnamed_axis(layer, names, name, own, replicas))
         return next_method(*args, **kwargs)
 

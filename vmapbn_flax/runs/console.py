@@ -50,9 +50,12 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, file:
     """Prints rows of cells in columns, to standard error unless `file` says otherwise."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    grid = Table(*map(_shown, header), box=box.SIMPLE, show_header=bool(header))
+    titles = list(header) or [""] * max(map(len, rows), default=0)
+    # On a narrow terminal a name is folded, and never cut off.
+    columns = [Column(_shown(title), overflow="fold") for title in titles]
+    grid = Table(*columns, box=box.SIMPLE, show_header=bool(header))
     for row in rows:
         grid.add_row(*map(_shown, row))
     file = file or sys.stderr

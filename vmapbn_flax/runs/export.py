@@ -45,9 +45,9 @@ def export(run: TrainedRun, path: Path) -> str:
 
     Raises:
       RunError: the file cannot be written.
-      UsageError: see `require_writable`; or the network has no such form.
+      UsageError: see `require_form`; or the network has no such form.
     """
-    require_writable(path)
+    require_form(path)
     try:
         content, note = _FORMS[path.suffix].make(run)
     except ValueError as error:
@@ -56,8 +56,8 @@ def export(run: TrainedRun, path: Path) -> str:
     return note
 
 
-def require_writable(path: Path) -> None:
-    """Checks a path for `export`.
+def require_form(path: Path) -> None:
+    """Checks the name of a file for `export`.
 
     Raises:
       UsageError: it has no known suffix, is in no directory, or needs a library that is not installed.

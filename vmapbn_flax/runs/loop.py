@@ -276,5 +276,5 @@ def _require_moved(before: Any, after: Any) -> None:
         if np.array_equal(old, moved[name]):
             raise RunError(
                 f"batch_stats/{name}: got the same values before and after the first step; expected running "
-                f"statistics to move. Is the layer's input constant?"
+                f"statistics to move. Is the layer frozen, or its input constant?"
             )

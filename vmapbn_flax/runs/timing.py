@@ -61,9 +61,10 @@ class Timing:
             return {}
         seconds = self.seconds()
         loop = seconds.pop("total") - sum(value for name, value in seconds.items() if name != "train")
+        in_program = sum(value for name, value in self._compiler.device_seconds.items() if name.startswith("train"))
         return {
             "examples_per_second": round(examples / loop),
-            "fraction_outside_device_program": round(1 - self._compiler.device_seconds["train"] / loop, 4),
+            "fraction_outside_device_program": round(1 - in_program / loop, 4),
         }
 
     @contextlib.contextmanager

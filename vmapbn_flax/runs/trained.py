@@ -17,14 +17,14 @@ from ml_collections import ConfigDict
 from vmapbn_flax.data.binary import least_white
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
-from vmapbn_flax.networks import BUILT_IN, attributes, import_network
-from vmapbn_flax.nn import BatchNorm, VmapBatch, fold
+from vmapbn_flax.networks import BUILT_IN, attributes, import_network, in_form
+from vmapbn_flax.nn import VmapBatch, fold
 from vmapbn_flax.runs.checkpoints import Meta, restore_part, saved_steps
 from vmapbn_flax.runs.inputs import require_images
 from vmapbn_flax.runs.loading import find_step, load_config
 from vmapbn_flax.runs.selection import best_row
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.training.network import as_inputs, in_compute_dtype
+from vmapbn_flax.training.network import LAYERS, as_inputs, in_compute_dtype
 
 _BATCH = 32  # images that the compiled program takes
 _LARGEST_IMAGE = 10**8  # bytes
@@ -191,10 +191,13 @@ def _read_data(meta: Meta, workdir: Workdir) -> dict[str, Any]:
 
 def _make_network(network: str | type[nn.Module] | None, model: ConfigDict, num_classes: int) -> nn.Module:
     """The network for one example, with the norm of the one-example variant."""
-    norm = functools.partial(BatchNorm, momentum=model.batch_norm_momentum, epsilon=model.batch_norm_epsilon)
+    norm = None
+    if model.norm != "none":
+        layer = LAYERS[in_form(model.norm, batched=False)]
+        norm = functools.partial(layer, momentum=model.batch_norm_momentum, epsilon=model.batch_norm_epsilon)
     make = network if isinstance(network, type) else import_network(model.name)
     try:
-        return make(num_classes=num_classes, norm=None if model.norm == "none" else norm, **attributes(model))
+        return make(num_classes=num_classes, norm=norm, **attributes(model))
     except TypeError as error:
         raise UsageError(f"config.model: got attributes that the network does not take ({error})") from None
 

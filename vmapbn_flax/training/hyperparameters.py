@@ -11,6 +11,8 @@ from vmapbn_flax.fields import FIELDS
 # around a vmap arrays with one entry a member. JAX may rebuild the dict with other leaves.
 Hyperparameters = dict[str, Any]
 
+_FOREVER = 2**31 - 1  # steps, the most that an int32 holds
+
 
 def steps_in(epochs: float, steps_per_epoch: int) -> int:
     """A number of epochs, which may be a fraction, as a whole number of steps."""
@@ -25,6 +27,6 @@ def make_hyperparameters(config: ConfigDict, steps_per_epoch: int) -> Hyperparam
             continue
         value = values[name]
         if name.endswith("_epochs"):
-            name, value = name.replace("_epochs", "_steps"), steps_in(value, steps_per_epoch)
+            name, value = name.replace("_epochs", "_steps"), min(steps_in(value, steps_per_epoch), _FOREVER)
         hyper[name] = field.traced(value)
     return hyper

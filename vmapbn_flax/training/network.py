@@ -9,32 +9,49 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from vmapbn_flax.networks import attributes, import_network
-from vmapbn_flax.nn import MLP, VmapBatch
-from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm
+from vmapbn_flax.networks import attributes, import_network, is_batched
+from vmapbn_flax.nn import MLP, BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm, VmapBatch
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 
+LAYERS = {  # of the values of config.model.norm
+    "vmap": BatchNorm,
+    "batched": BatchedBatchNorm,
+    "renorm": BatchRenorm,
+    "batched_renorm": BatchedBatchRenorm,
+}
 
-def make_network(model: ConfigDict, num_classes: int, hyper: Hyperparameters, *, ghost: bool = False) -> nn.Module:
+
+def make_network(
+    model: ConfigDict, num_classes: int, hyper: Hyperparameters, *, ghost: bool = False, freeze_norm: bool = False
+) -> nn.Module:
     """The network of `config.model`, for a batch of `to_inputs`, or with `ghost` for `(group, batch, ...)` of it.
+
+    With `freeze_norm` its norms train by their running statistics, and leave them.
 
     Raises:
       UsageError: see `vmapbn_flax.networks.import_network`.
     """
     make = partial(
-        import_network(model.name, batched=model.norm == "batched"), num_classes=num_classes, **attributes(model)
+        import_network(model.name, batched=is_batched(model.norm)), num_classes=num_classes, **attributes(model)
     )
-    numbers = {
+    numbers: dict[str, Any] = {
         "momentum": hyper["model.batch_norm_momentum"],
         "epsilon": hyper["model.batch_norm_epsilon"],
         "replica_axis_name": "group" if ghost else (),
+        "frozen": freeze_norm,
     }
     if model.norm == "none":
         return VmapBatch(make(norm=None))
-    if model.norm == "vmap":
-        return VmapBatch(make(norm=partial(BatchNorm, **numbers)), axis_name=("group", "batch") if ghost else "batch")
-    network = make(norm=partial(BatchedBatchNorm, **numbers))
-    return VmapBatch(network, axis_name="group") if ghost else network
+    layer = LAYERS[model.norm]
+    if issubclass(layer, BatchRenorm):
+        full = hyper["model.renorm_full_steps"]
+        numbers |= {"r_max": hyper["model.renorm_r_max"], "r_max_steps": full}
+        numbers |= {"d_max": hyper["model.renorm_d_max"], "d_max_steps": full}
+        numbers |= {"warmup_steps": hyper["model.renorm_warmup_steps"]}
+    network = make(norm=partial(layer, **numbers))
+    if is_batched(model.norm):
+        return VmapBatch(network, axis_name="group") if ghost else network
+    return VmapBatch(network, axis_name=("group", "batch") if ghost else "batch")
 
 
 def to_inputs(model: ConfigDict, images: UInt8[Array, "batch height width *channels"]) -> Float[Array, "batch *input"]:

@@ -76,6 +76,7 @@ class Programs:
         self.described = dataset.described()
         self.steps_per_epoch = len(dataset.train) // config.train.batch_size
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
+        self._freeze_step = steps_in(config.model.freeze_norm_after, self.steps_per_epoch) or self.total_steps
         self._num_train = len(dataset.train)
         splits = {"validation": dataset.validation, "test": dataset.test}
         self._eval_splits = {name: split for name, split in splits.items() if split is not None}
@@ -110,7 +111,6 @@ class Programs:
         model, train, num_classes = config.model, config.train, dataset.num_classes
         take_batch = steps.make_take_batch(train.batch_size, model.ghost_batch_size or 1, self.layout)
         augment = make_augment(config.data.augment, dataset.train.image_shape)
-        train_step = steps.make_train_step(model, config.optimizer, train.max_skipped_steps, num_classes, augment)
         evaluate = make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
         population = make_population_statistics(model, train.eval_batch_size, num_classes, self.layout)
         gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
@@ -125,13 +125,21 @@ class Programs:
             and (self.count == 1 or self.layout.count == 1)
             and has_convolutions(self._shapes.params)
         )
-        if self._by_step:
-            train = self._members.one_at_a_time(steps.make_one_step(train_step, take_batch), training)
-        else:
-            train = over(steps.make_train_steps(train_step, take_batch), training)
+
+        def make_train(name: str, *, freeze_norm: bool = False) -> Program:
+            train_step = steps.make_train_step(
+                model, config.optimizer, train.max_skipped_steps, num_classes, augment, freeze_norm=freeze_norm
+            )
+            if self._by_step:
+                function = self._members.one_at_a_time(steps.make_one_step(train_step, take_batch), training)
+            else:
+                function = over(steps.make_train_steps(train_step, take_batch), training)
+            return make(name, function, donate=(_STATE,))
+
         self._create = make("create", self._members.map_at_once(self._create_one), optimise=False)
+        self._train = make_train("train")
+        self._train_frozen = make_train("train_frozen", freeze_norm=True)
         self._watch = make("watch", over(watch, _VARIABLES), trace_in_thread=True) if config.train.watch else None
-        self._train = make("train", train, donate=(_STATE,))
         self._gradients = make("gradients", over(gradients, training))
         # Only `predictions` asks for the second result; for `measure` the compiler leaves it out.
         measure, predict = over(lambda *arguments: evaluate(*arguments)[0], _VARIABLES), over(evaluate, _VARIABLES)
@@ -197,9 +205,14 @@ class Programs:
 
     def compile_ahead(self, step: int) -> None:
         """Starts to compile the training program in the background, for training from `step` on."""
-        if "train" in self.compiler or step >= self.total_steps:
+        program = self._program(step)
+        if program.name in self.compiler or step >= self.total_steps:
             return
-        self.compiler.start(self._train, (self._placed_template(), self.hyper, *self._position(step), np.int32(1)))
+        self.compiler.start(program, (self._placed_template(), self.hyper, *self._position(step), np.int32(1)))
+
+    def _program(self, step: int) -> Program:
+        """The program that trains from `step` on: a second one, once the norms are frozen."""
+        return self._train if step < self._freeze_step else self._train_frozen
 
     def _placed_template(self) -> TrainState:
         return jax.tree.map(
@@ -211,15 +224,16 @@ class Programs:
         """Takes `count` steps within one epoch, from `step`, the step of `state`; `state` is used up."""
         end = step + count
         while step < end:
+            count = min(end, self._freeze_step if step < self._freeze_step else end) - step
             if self._stream:
-                count = min(end - step, self._stream.steps_left(step))
+                count = min(count, self._stream.steps_left(step))
             if self._by_step:
                 count, numbers = 1, range(self._members.rows_each)
             else:
                 numbers = [count]
             arguments = self._position(step)
             for number in numbers:
-                state = self.compiler.call(self._train, state, self.hyper, *arguments, np.int32(number))
+                state = self.compiler.call(self._program(step), state, self.hyper, *arguments, np.int32(number))
             del arguments
             step += count
         return state

@@ -61,10 +61,13 @@ def make_take_batch(size: int, group: int = 1, layout: Layout = ONE_DEVICE) -> C
     return take_batch
 
 
-def make_loss(model: ConfigDict, num_classes: int, augment: Augment = unchanged) -> Callable:
+def make_loss(
+    model: ConfigDict, num_classes: int, augment: Augment = unchanged, *, freeze_norm: bool = False
+) -> Callable:
     """`loss(params, batch_stats, hyper, batch, step) -> (loss, (logits, losses, batch_stats))` in training.
 
-    The changes of `augment` and the network's dropout are functions of the seed and of `step`.
+    The changes of `augment` and the network's dropout are functions of the seed and of `step`. `freeze_norm` is as in
+    `make_network`.
     """
     ghost_size = model.ghost_batch_size
 
@@ -72,7 +75,7 @@ def make_loss(model: ConfigDict, num_classes: int, augment: Augment = unchanged)
         params: Any, batch_stats: Any, hyper: Hyperparameters, batch: Batch, step: Int[Array, ""]
     ) -> tuple[Array, tuple]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(hyper["seed"]), step))
-        network = make_network(model, num_classes, hyper, ghost=bool(ghost_size))
+        network = make_network(model, num_classes, hyper, ghost=bool(ghost_size), freeze_norm=freeze_norm)
 
         def grouped(x: Array | None) -> Array | None:
             return x.reshape(-1, ghost_size, *x.shape[1:]) if ghost_size and x is not None else x
@@ -98,15 +101,21 @@ def make_loss(model: ConfigDict, num_classes: int, augment: Augment = unchanged)
 
 
 def make_train_step(
-    model: ConfigDict, optimizer: ConfigDict, max_skipped_steps: int, num_classes: int, augment: Augment = unchanged
+    model: ConfigDict,
+    optimizer: ConfigDict,
+    max_skipped_steps: int,
+    num_classes: int,
+    augment: Augment = unchanged,
+    *,
+    freeze_norm: bool = False,
 ) -> TrainStep:
     """The step that is mapped over members, sharded over devices and looped over batches.
 
     If the loss, a gradient or the square of a gradient is not finite, parameters, optimizer state and statistics stay
     as they were, and the step counts as skipped. After `max_skipped_steps` skipped steps in a row nothing changes any
-    more, the step count included.
+    more, the step count included. `freeze_norm` is as in `make_network`.
     """
-    loss = make_loss(model, num_classes, augment)
+    loss = make_loss(model, num_classes, augment, freeze_norm=freeze_norm)
 
     def train_step(state: TrainState, hyper: Hyperparameters, batch: Batch) -> tuple[TrainState, TrainMetrics]:
         gradient = jax.value_and_grad(loss, has_aux=True)

@@ -1,0 +1,125 @@
+"""Batch norm over positions: what its program consists of, on one device and on two, and derivatives of every order."""
+
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.helpers.oracle import error, train
+from vmapbn_flax import BatchedBatchNorm, BatchNorm
+
+SHAPE = (32, 12, 10, 4)  # (batch, height, width, features)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def variables(features):
+    params = {"scale": 1 + normal(features, seed=1) / 2, "bias": normal(features, seed=2)}
+    return {"params": params, "batch_stats": {"mean": jnp.zeros(features), "var": jnp.ones(features)}}
+
+
+def gradients(layer, x, params, mask):
+    def loss(x, params):
+        y, stats = train(layer, {**variables(x.shape[-1]), "params": params}, x, mask)
+        return jnp.sum(jnp.sin(y)), stats
+
+    return jax.grad(loss, (0, 1), has_aux=True)(x, params)
+
+
+LAYERS = {
+    "vmapped": (BatchNorm(), SHAPE, None),
+    "batched": (BatchedBatchNorm(), SHAPE, None),
+    "masked": (BatchNorm(), SHAPE, SHAPE[:-1]),
+    "ghosts": (BatchNorm(replica_axis_name="group"), (4, 8, *SHAPE[1:]), None),
+    "one position axis": (BatchNorm(), (32, 120, 4), None),
+}
+
+
+def compiled(layer, shape, mask, place=lambda x: x):
+    mask = None if mask is None else place(jnp.ones(mask))
+    lowered = jax.jit(partial(gradients, layer)).lower(place(normal(*shape)), variables(shape[-1])["params"], mask)
+    return lowered.compile().as_text()
+
+
+def sums(text):
+    """How many values each sum of a compiled program takes, and over how many axes."""
+    shapes = {name: [int(n) for n in dims.split(",")] for name, dims in re.findall(r"%(\S+) = \w+\[([\d,]+)\]", text)}
+    for operand, dimensions in re.findall(r" reduce\(%(\S+), .*dimensions={([\d,]+)}", text):
+        yield math.prod(shapes[operand]), sum(shapes[operand][int(n)] > 1 for n in dimensions.split(","))
+    for operand, window in re.findall(r" reduce-window\(%(\S+), .*window={size=([\dx]+)", text):
+        yield math.prod(shapes[operand]), sum(int(n) > 1 for n in window.split("x"))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_sum_of_all_values_over_several_axes(name):
+    """XLA's CPU code for one takes ten times as long as that of the two sums in its place."""
+    layer, shape, mask = LAYERS[name]
+    found = list(sums(compiled(layer, shape, mask)))
+    assert sum(size >= math.prod(shape) for size, _ in found) >= 5
+    assert [axes for size, axes in found if size >= math.prod(shape) and axes > 1] == []
+
+
+def test_vmapped_and_batched_are_one_program():
+    def instructions(name):
+        text = compiled(*LAYERS[name])
+        return sorted(re.findall(r"= (\S+ [a-z-]+)\(", text))
+
+    assert instructions("vmapped") == instructions("batched")
+
+
+@pytest.mark.parametrize("name", ["vmapped", "batched"])
+def test_devices_exchange_features_alone(name):
+    """Not rows of them, though a sum over positions has two steps."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    text = compiled(*LAYERS[name], lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))))
+    reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
+    assert len(reduced) > 0
+    assert {shape for shapes in reduced for shape in re.findall(r"f32\[[\d,]*\]", shapes)} == {"f32[4]"}
+
+
+def plain(x, weights, scale, bias):
+    """The formula that every derivative is compared with, differentiated as it stands."""
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.sum(weights * x, axes) / jnp.sum(weights)
+    var = jnp.sum(weights * (x - mean) ** 2, axes) / jnp.sum(weights)
+    return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+
+
+def derivative(function, order, v):
+    """`x -> d^n function(x + t v) / dt^n`, in forward mode."""
+    for _ in range(order):
+        function = partial(lambda function, x: jax.jvp(function, (x,), (v,))[1], function)
+    return function
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("Layer", [BatchNorm, BatchedBatchNorm])
+def test_derivatives_up_to_the_third(Layer, masked):
+    """In forward mode, and the gradient of each; weights of positions are 0, 1 and 2."""
+    shape = (4, 3, 2, 2)
+    x, v, vs = 10 + normal(*shape), normal(*shape, seed=3), variables(2)
+    weights = jnp.asarray(np.arange(24).reshape(4, 3, 2) % 3) if masked else None
+
+    def loss(x):
+        y = train(Layer(), vs, x, weights)[0]
+        return jnp.sum(jnp.sin(y) if weights is None else jnp.where(weights[..., None] > 0, jnp.sin(y), 0))
+
+    def plain_loss(x):
+        w = jnp.ones((4, 3, 2, 1)) if weights is None else weights[..., None]
+        return jnp.sum(jnp.where(w > 0, jnp.sin(plain(x, w, **vs["params"])), 0))
+
+    with jax.enable_x64(True):
+        wide = jnp.asarray(x, jnp.float64)
+        want = [jax.jit(jax.value_and_grad(derivative(plain_loss, n, v.astype(jnp.float64))))(wide) for n in range(4)]
+    for n in range(4):
+        value, gradient = jax.jit(jax.value_and_grad(derivative(loss, n, v)))(x)
+        assert error(value, want[n][0], relative=True) < 5e-6
+        assert error(gradient, want[n][1], relative=True) < 5e-6

@@ -1,0 +1,48 @@
+"""Sums over positions and batch, and broadcasts against them, in the order of operations that is fast on a CPU.
+
+XLA's CPU code for a sum over several axes takes ten times as long as one over a single axis that is not the last, which
+is vectorised and computes what it sums on the way. So a sum takes two steps, the last position axis first. The
+gradient of a broadcast is a sum; `spread` broadcasts in two steps as well, so that this sum is a fast one too.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Inexact
+
+
+def totals(terms: Sequence[Inexact[Array, "*positions _"]], axis_name: tuple[str, ...]) -> list[Inexact[Array, " _"]]:
+    """The sum of each term over all its positions and over the axes `axis_name`, in one reduction across these."""
+
+    def own(x: Array) -> Array:
+        if _several_axes(x, axis_name):
+            x = _keep_apart(jnp.sum(x, -2))
+        return jnp.sum(x, tuple(range(x.ndim - 1)))
+
+    return lax.psum([own(x) for x in terms], axis_name)
+
+
+def spread(
+    v: Inexact[Array, " features"],
+    x: Inexact[Array, "*positions features"],
+    axis_name: tuple[str, ...],
+    replica_axis_name: tuple[str, ...] = (),
+) -> Inexact[Array, "*rows features"]:
+    """`v` for each example, in a shape that broadcasts to that of `x`."""
+    if not _several_axes(x, axis_name):
+        return v
+    # Adding an integer zero of each example makes `v` differ between examples as far as `vmap` knows. Otherwise the
+    # gradient would be summed over the batch and over positions at once, outside `vmap`.
+    for name in axis_name + replica_axis_name:
+        v = v + (0 * lax.axis_index(name)).astype(v.dtype)
+    return _keep_apart(jnp.broadcast_to(v, (*x.shape[:-2], 1, x.shape[-1])))
+
+
+def _several_axes(x: Array, axis_name: tuple[str, ...]) -> bool:
+    return x.ndim > 1 and x.ndim - 1 + len(axis_name) > 1
+
+
+def _keep_apart(x: Array) -> Array:
+    """`x`; on a CPU the compiler does not merge what computes it with what uses it."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
