@@ -234,7 +234,8 @@ class Loop:
         ]
         for record, result, percentiles in zip(self._records, results, watched, strict=True):
             if result and not record.is_evaluated(self.step):
-                self._pending.append(partial(record.evaluated, self.step, result, percentiles))
+                self._pending.append(partial(record.evaluated, self.step, result))
+                self._pending.append(partial(record.watched, self.step, percentiles))
         return results
 
     def save(self) -> None:

@@ -72,11 +72,14 @@ class Record:
             figures["skipped_steps"] = skipped_steps
         self._write(step, {**figures, "learning_rate": learning_rate})
 
-    def evaluated(self, step: int, figures: Mapping[str, float], watched: Percentiles | None = None) -> None:
-        """Writes an evaluation row, and TensorBoard's histograms of what is watched."""
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes an evaluation row."""
         self._write(step, figures)
-        if self._writer and watched:
-            self._writer.write_histograms(step, watched)
+
+    def watched(self, step: int, percentiles: Percentiles) -> None:
+        """Writes TensorBoard's histograms of what `config.train.watch` names."""
+        if self._writer and percentiles:
+            self._writer.write_histograms(step, percentiles)
 
     def _write(self, step: int, figures: Mapping[str, float]) -> None:
         self.rows.append({"step": step, **finite(figures)})
