@@ -216,7 +216,7 @@ def test_refresh(tmp_path, flags):
     run(tmp_path, "train", *flags, f"--workdir={workdir}")
     network = ("--network=configs.own_network:Net",) if flags is OWN else ()
     run(tmp_path, "refresh", workdir, *network)
-    figures = json.loads((workdir / "refresh.json").read_text())
+    figures = json.loads((workdir / "refreshed" / "refresh.json").read_text())
     assert {name: figures["before"][name] for name in ("test_loss", "test_accuracy")} == {
         name: rows(workdir)[-1][name] for name in ("test_loss", "test_accuracy")
     }

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import small
 from vmapbn_flax.training import mesh
+from vmapbn_flax.training.members import MemberBytes
 from vmapbn_flax.training.metrics import compute, figures
 from vmapbn_flax.training.programs import Programs
 
@@ -124,3 +125,11 @@ def test_other_members_of_the_same_programs():
     assert other.compiler.compile_seconds == 0
     small.assert_same_bits(other.snapshot(state), make(others).snapshot(trained(make(others))))
     small.assert_same_bits(programs.snapshot(trained(programs)), first)
+
+
+@pytest.mark.parametrize(("data", "at_once"), [(1, 2), (2, 6)])
+def test_the_memory_of_a_group(data, at_once):
+    """Of six members on two places: a CPU device computes its members in turn, unless their batches are divided."""
+    config = small.config(mesh__member=2, mesh__data=data)
+    devices = mesh.member_mesh(config.mesh, 6)
+    assert MemberBytes(state=10, activations=1000).of_group(6, devices) == 6 * 10 + at_once * 1000

@@ -85,14 +85,15 @@ def batch_moments(
 
 @jax.custom_jvp
 def inverse_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`1 / sqrt(x)`, whose derivative is a product of factors near 1: of x = 1e26, x**-1.5 is zero in float32."""
+    """`1 / sqrt(x)`, whose derivative never has a factor x**-1.5: that of x = 1e26 is zero in float32."""
     return lax.rsqrt(x)
 
 
 @inverse_sqrt.defjvp
 def _inverse_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    y = inverse_sqrt(*primals)
-    return y, -0.5 * y * (y * (y * tangents[0]))
+    (x,), (t,) = primals, tangents
+    y = inverse_sqrt(x)
+    return y, y * t / x * -0.5
 
 
 def broadcasting(call: Callable) -> Callable:

@@ -1,8 +1,9 @@
 """Sums over positions and batch, and broadcasts against them, in the order of operations that is fast on a CPU.
 
-XLA's CPU code for a sum over several axes takes ten times as long as one over a single axis that is not the last, which
-is vectorised and computes what it sums on the way. So a sum takes two steps, the last position axis first. The
-gradient of a broadcast is a sum; `spread` broadcasts in two steps as well, so that this sum is a fast one too.
+XLA's CPU code for a sum over several axes takes ten times as long as one over a single short axis that is not the last:
+that one is unrolled and vectorised, and computes what it sums on the way. So a sum takes two steps, pieces of the last
+position axis first. The gradient of a broadcast is a sum; `spread` broadcasts in two steps as well, so that this sum is
+a fast one too.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
+_LONGEST = 16  # numbers in a piece: with 8 or 32 a layer takes longer, forward and backward
+
 
 def totals(terms: Sequence[Inexact[Array, "*positions _"]], axis_name: tuple[str, ...]) -> list[Inexact[Array, " _"]]:
     """The sum of each term over all its positions and over the axes `axis_name`, in one reduction across these."""
 
     def own(x: Array) -> Array:
         if _several_axes(x, axis_name):
-            x = _keep_apart(jnp.sum(x, -2))
+            *outer, width, features = x.shape
+            x = _keep_apart(jnp.sum(x.reshape(*outer, -1, _piece(width), features), -2))
         return jnp.sum(x, tuple(range(x.ndim - 1)))
 
     return lax.psum([own(x) for x in terms], axis_name)
@@ -28,7 +32,7 @@ def spread(
     x: Inexact[Array, "*positions features"],
     axis_name: tuple[str, ...],
     replica_axis_name: tuple[str, ...] = (),
-) -> Inexact[Array, "*rows features"]:
+) -> Inexact[Array, "*some features"]:
     """`v` for each example, in a shape that broadcasts to that of `x`."""
     if not _several_axes(x, axis_name):
         return v
@@ -36,7 +40,15 @@ def spread(
     # gradient would be summed over the batch and over positions at once, outside `vmap`.
     for name in axis_name + replica_axis_name:
         v = v + (0 * lax.axis_index(name)).astype(v.dtype)
-    return _keep_apart(jnp.broadcast_to(v, (*x.shape[:-2], 1, x.shape[-1])))
+    *outer, width, features = x.shape
+    piece = _piece(width)
+    v = _keep_apart(jnp.broadcast_to(v, (*outer, width // piece, 1, features)))
+    return jnp.broadcast_to(v, (*outer, width // piece, piece, features)).reshape(x.shape)
+
+
+def _piece(width: int) -> int:
+    """The largest divisor up to `_LONGEST`; all of it, if that is 1."""
+    return max((n for n in range(2, _LONGEST + 1) if width % n == 0), default=width)
 
 
 def _several_axes(x: Array, axis_name: tuple[str, ...]) -> bool:

@@ -128,8 +128,11 @@ def _is_continued_alone(own: ConfigDict, ledger: Ledger, member: Member, dataset
 def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
     """How many members of a group fit in memory at once, by an estimate."""
     config = together[0].config
-    memory = mesh.memory_bytes(mesh.member_mesh(config.mesh, len(together)))
-    return max(1, int(_MEMORY_SHARE * memory) // member_bytes(config, datasets.load(config)))
+    devices = mesh.member_mesh(config.mesh, len(together))
+    limit, estimate = _MEMORY_SHARE * mesh.memory_bytes(devices), member_bytes(config, datasets.load(config))
+    return max(
+        (count for count in range(1, len(together) + 1) if estimate.of_group(count, devices) <= limit), default=1
+    )
 
 
 def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
@@ -140,8 +143,8 @@ def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], d
     rows = []
     for number, names in enumerate(ledger.groups):
         config = members[names[0]].config
-        megabytes = len(names) * member_bytes(config, datasets.load(config)) / 1e6
+        devices = mesh.member_mesh(config.mesh, len(names))
+        megabytes = member_bytes(config, datasets.load(config)).of_group(len(names), devices) / 1e6
         over = sum(ledger.is_over(name) for name in names)
-        devices = mesh.member_mesh(config.mesh, len(names)).size
-        rows.append((number, len(names), over, devices, f"{megabytes:.0f} MB", names[0]))
+        rows.append((number, len(names), over, devices.size, f"{megabytes:.0f} MB", names[0]))
     console.table(rows, ("group", "members", "over", "devices", "memory, about", "first member"))

@@ -7,6 +7,7 @@ a multiple of the devices. A saved state has the same form without padding.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +82,7 @@ class Stacked:
 
     def map(self, function: Callable, own: Sequence[int]) -> Callable:
         """Maps `function` over the members. Only the arguments at the positions `own` have an axis of members."""
-        # A CPU's caches hold the arrays of one member, not those of many.
-        if jax.default_backend() == "cpu" and (self._devices is None or self._devices.shape[DATA] == 1):
+        if _are_one_by_one(self._devices):
             return _one_by_one(function, own, self._devices)
 
         def mapped(*arguments: PyTree) -> PyTree:
@@ -142,6 +142,11 @@ class Stacked:
         return [first[i // self.rows_each].process_index for i in range(self.count)]
 
 
+def _are_one_by_one(devices: Mesh | None) -> bool:
+    """Whether a device computes its members in turn: a CPU's caches hold the arrays of one, not those of many."""
+    return jax.default_backend() == "cpu" and (devices is None or devices.shape[DATA] == 1)
+
+
 def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:
     """Maps `function` over the members, on each device one member after the other."""
 
@@ -168,8 +173,25 @@ def _on_each_device(function: Callable, own: Sequence[int], devices: Mesh | None
     return sharded
 
 
-def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
-    """An estimate of the bytes that a member takes, without the data set, which all members share."""
+class MemberBytes(NamedTuple):
+    """An estimate of the bytes that a member takes, without the data set, which all members share.
+
+    Attributes:
+      state: its state, with a copy, and its order of the examples.
+      activations: of its network, while it is computed.
+    """
+
+    state: int
+    activations: int
+
+    def of_group(self, count: int, devices: Mesh) -> int:
+        """The bytes that so many members take on all devices together."""
+        at_once = min(count, devices.shape[MEMBER]) if _are_one_by_one(devices) else count
+        return count * self.state + at_once * self.activations
+
+
+def member_bytes(config: ConfigDict, dataset: Dataset) -> MemberBytes:
+    """The estimate for a member with this config; docs/scaling.md compares it with what members take."""
     shape = dataset.train.image_shape
 
     def state_and_outputs(hyper: Hyperparameters) -> PyTree:
@@ -184,7 +206,7 @@ def member_bytes(config: ConfigDict, dataset: Dataset) -> int:
     image, outputs = 4 * math.prod(shape), _nbytes(outputs)
     # In training, each output comes with its activation and its cotangent.
     activations = max(config.train.batch_size * (image + 3 * outputs), config.train.eval_batch_size * (image + outputs))
-    return 2 * _nbytes(state) + activations + 4 * len(dataset.train)
+    return MemberBytes(2 * _nbytes(state) + 4 * len(dataset.train), activations)
 
 
 def _nbytes(tree: PyTree) -> int:
