@@ -21,7 +21,7 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LOOP = re.compile(r"^for .*?^done; wait$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 NO_WARMUP = "--config.optimizer.warmup_epochs=0.0"
-SMALL = {"mlp": "--config.model.hidden=(8,)", "conv": "--config.model.features=(2,)"}  # or of two channels
+SMALL = {"mlp": "--config.model.hidden=(8,8,8)", "conv": "--config.model.features=(2,)"}  # or of two channels
 
 LISTED = [
     # These install something, or need what the tests do without.
@@ -62,6 +62,7 @@ LISTED = [
     "python tests/benchmarks/exactness.py > docs/exactness.md",
     "python tests/benchmarks/folding.py",
     "python tests/benchmarks/scaling.py",
+    "python tests/benchmarks/smoothness.py",
 ]
 
 

@@ -4,8 +4,11 @@ The commands are in `test_commands.py`.
 """
 
 import doctest
+import json
 import re
 import shlex
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,6 +72,23 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
             namespace = example.globs
         elif installed(code):
             exec(compile("\n" * line + code, path, "exec"), namespace)
+
+
+@pytest.mark.slow
+def test_the_story_as_a_notebook(tmp_path, monkeypatch):
+    """It starts with its only line of installation, and its cells run one after another."""
+    pytest.importorskip("jupytext")
+    made = subprocess.run([sys.executable, ROOT / "docs/notebook.py"], capture_output=True, text=True, check=True)
+    cells = [cell for cell in json.loads(made.stdout)["cells"] if cell["cell_type"] == "code"]
+    code = ["".join(cell["source"]) for cell in cells]
+    assert [line for cell in code for line in cell.splitlines() if line.startswith("%")] == ["%pip install vmapbn-flax"]
+    assert not any(line.startswith((">>>", "...")) for cell in code for line in cell.splitlines())
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for cell in code[1:-1]:  # the last one shows the picture, which takes IPython
+        exec(cell, namespace)
+    (shown,) = re.findall(r'"(.+\.png)"', code[-1])
+    assert (tmp_path / shown).exists()
 
 
 def links(page):

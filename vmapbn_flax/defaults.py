@@ -31,6 +31,7 @@ def default_config(network: str = "mlp") -> ConfigDict:
     data.dir = ""  # where the files lie; "": the bundled files, $TFDS_DATA_DIR or ~/tensorflow_datasets
     data.test_fraction = 0.0  # of each class, held out as the test split if the files have none, in [0, 1)
     data.validation_size = 0  # examples held out from the end of the training set, for selection
+    data.threshold = 0.0  # brightness, from 0 to 1, from which on pixels become white, others black; 0: as they are
     data.augment = ()  # changes of training images: "shift:N" by up to N pixels, "flip", "cutout:N" of N by N pixels
     data.memory_limit = 2.0  # gigabytes; a set that is larger as arrays is streamed from its files
 
@@ -65,7 +66,8 @@ def default_config(network: str = "mlp") -> ConfigDict:
     train.label_smoothing = 0.0  # probability spread evenly over all classes, in [0, 1)
     train.log_every = 100  # steps between training rows in metrics.jsonl
     train.eval_every = 1.0  # epochs between evaluations; each ends in a checkpoint
-    train.eval_batch_size = 1000  # examples; changes speed and memory only
+    train.eval_batch_size = 1000  # examples; changes speed and memory, and how many are watched
+    train.watch = ()  # layers, such as ("dense_0", "norm_2[5]"), whose percentiles evaluations log; [5]: its unit 5
     train.max_skipped_steps = 10  # non-finite steps in a row that end the run
     train.profile = False  # write a trace of a few steps to profile/ in the workdir
 

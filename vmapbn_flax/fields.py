@@ -86,6 +86,10 @@ def _are_augmentations(names: tuple | list, config: ConfigDict) -> bool:
     return not isinstance(names, str) and all(re.fullmatch(r"flip|(shift|cutout):[1-9]\d{0,3}", name) for name in names)
 
 
+def _are_watched(names: tuple | list, config: ConfigDict) -> bool:
+    return not isinstance(names, str) and all(re.fullmatch(r"[^\[\]]+(\[\d{1,9}\])?", name) for name in names)
+
+
 def _widths() -> Field:
     return Field(f"at least one number, each an integer from 1 to {_WIDEST}, such as (100, 100)", _are_widths)
 
@@ -99,6 +103,7 @@ FIELDS = {
     "data.test_fraction": Field("a fraction in [0, 1)", lambda value, config: 0 <= value < 1),
     "data.validation_size": _at_least(0, "a number of examples, 0 for none"),
     "data.memory_limit": _positive("a positive number of gigabytes", resumable=True),
+    "data.threshold": Field("a brightness in [0, 1], 0 for none", lambda value, config: 0 <= value <= 1),
     "data.augment": Field(
         "a tuple of 'shift:N', 'flip' and 'cutout:N', such as ('shift:2', 'flip')", _are_augmentations
     ),
@@ -139,6 +144,11 @@ FIELDS = {
     "train.log_every": _at_least(1, "1 or more steps", resumable=True),
     "train.eval_every": _positive("a positive number of epochs", resumable=True),
     "train.eval_batch_size": _count("examples", resumable=True),
+    "train.watch": Field(
+        "a tuple of names of layers, with [N] for a unit, such as ('dense_0', 'norm_2[5]')",
+        _are_watched,
+        resumable=True,
+    ),
     "train.max_skipped_steps": _count("steps", resumable=True),
     "train.profile": Field("True or False", lambda value, config: isinstance(value, bool), resumable=True),
     "mesh.data": _devices("a number of devices, 0 for automatic"),
@@ -171,7 +181,10 @@ FIELDS = {
 
 # The attributes of the networks of this package, by the network's name.
 NETWORK_FIELDS = {
-    "mlp": {"model.hidden": _widths()},
+    "mlp": {
+        "model.hidden": _widths(),
+        "model.kernel_std": Field("a standard deviation, or 0", lambda value, config: 0 <= value < math.inf),
+    },
     "conv": {"model.features": _widths()},
     "resnet": {
         "model.blocks": _widths(),

@@ -44,7 +44,7 @@ class _BuiltIn(NamedTuple):
 
 
 BUILT_IN = {
-    "mlp": _BuiltIn("MLP", {"hidden": (100, 100, 100)}),
+    "mlp": _BuiltIn("MLP", {"hidden": (100, 100, 100), "kernel_std": 0.0}),
     "conv": _BuiltIn("ConvNet", {"features": (32, 64, 64)}),
     "resnet": _BuiltIn(
         "ResNet",

@@ -154,6 +154,7 @@ COMMANDS = {
     "refresh": lambda path: ["refresh", path],
     "train on": lambda path: ["train", f"{SAVED}{path}", "--config.train.num_epochs=2"],
     "report": lambda path: ["report", path],
+    "figure": lambda path: ["figure", path],
     "parity": lambda path: ["parity", f"{SAVED}{path}"],
     "selftest": lambda path: ["selftest", f"{SAVED}{path}"],
 }
@@ -182,6 +183,7 @@ MORE = {
     "refresh: step": (["refresh", "{run}", "--step=99"], 1, "step 99"),
     "refresh: no workdir": (["refresh"], 2, "workdir"),
     "refresh: norm": (["refresh", "{run}", "--norm=vmap"], 2, "--norm"),
+    "figure: a run": (["figure", "{run}"], 1, "sweep.json"),
     "report: a run": (["report", "{run}"], 1, "sweep.json"),
     "report: no workdir": (["report"], 2, "workdir"),
     "report: two workdirs": (["report", "{run}", "{run}"], 2, "unknown argument"),

@@ -126,7 +126,7 @@ def test_config_values_and_data(capsys, workdir, tmp_path, monkeypatch, flags, m
 COMMANDS = {
     "no command": (
         [],
-        "required: command; usage: .*{train,evaluate,refresh,predict,.*,report}",
+        "required: command; usage: .*{train,evaluate,refresh,predict,.*,report,figure}",
     ),
     "unknown command": (["trian"], "invalid choice: 'trian'"),
     "no --config": (["train"], "got no --config, expected a config file, such as --config=configs/vmap_bn.py"),
@@ -539,7 +539,7 @@ def test_help(capsys):
 def test_every_command_and_argument_is_described():
     parser = make_parser()
     (commands,) = (action for action in parser._actions if action.dest == "command")
-    names = "train evaluate refresh predict export fold parity selftest plot report"
+    names = "train evaluate refresh predict export fold parity selftest plot report figure"
     assert list(commands.choices) == names.split()
     for name, subparser in commands.choices.items():
         text = subparser.format_help()

@@ -440,3 +440,44 @@ def test_complex_example():
 def test_too_few_axes():
     with pytest.raises(ValueError, match=r"got x of shape \(4,\).*\('group', 'batch'\)"):
         VmapBatch(MLP(**SIZES), axis_name=("group", "batch")).init(jax.random.key(0), jnp.ones(4), train=False)
+
+
+def test_kernels_of_a_standard_deviation():
+    network = MLP(hidden=(300, 200), num_classes=100, norm=None, kernel_std=0.05)
+    variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), jnp.ones(400))
+    kernels = [layer["kernel"] for layer in variables["params"].values()]
+    assert [kernel.shape for kernel in kernels] == [(400, 300), (300, 200), (200, 100)]
+    for kernel in kernels:  # its standard error is std / sqrt(2 n)
+        np.testing.assert_allclose(jnp.std(kernel), 0.05, rtol=4 / np.sqrt(2 * kernel.size))
+        np.testing.assert_allclose(jnp.mean(kernel), 0, atol=4 * 0.05 / np.sqrt(kernel.size))
+
+
+class Denses(nn.Module):
+    """The dense layers of `MLP(**SIZES)` alone, as flax initialises them."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate(SIZES["hidden"]):
+            x = nn.Dense(width, use_bias=False, name=f"dense_{i}")(x)
+        return nn.Dense(SIZES["num_classes"], name="logits")(x)
+
+
+def test_kernels_are_those_of_flax_by_default():
+    expected = jax.jit(Denses().init)(jax.random.key(3), jnp.ones(4))["params"]
+    got = jax.jit(partial(MLP(**SIZES).init, train=False))(jax.random.key(3), jnp.ones(4))["params"]
+    for name, leaves in expected.items():
+        np.testing.assert_array_equal(got[name]["kernel"], leaves["kernel"])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inputs_of_the_sigmoids_are_sown(name):
+    """As the layers before them give them; and only for who asks."""
+    network, x = NETWORKS[name], normal(7, 4)
+    variables = init(network, x)
+    _, kept = network.apply(variables, x, train=False, capture_intermediates=True)
+    kept, last = kept["intermediates"], "dense" if name == "plain" else "norm"
+    for i, width in enumerate(SIZES["hidden"]):
+        (sown,), (given,) = kept[f"pre_activation_{i}"], kept[f"{last}_{i}"]["__call__"]
+        assert sown.shape == (7, width)
+        np.testing.assert_array_equal(sown, given)
+    assert set(variables) <= {"params", "batch_stats"}

@@ -1,5 +1,6 @@
 """A trained run as a file: what reads it computes the same probabilities."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -192,6 +193,15 @@ def test_what_has_no_such_form_is_refused_and_leaves_the_file_alone(tmp_path):
     with pytest.raises(UsageError, match=r"file\.onnx: Net: got a network that has no form for ONNX; expected one of"):
         export(trained(Net(num_classes=10, norm=NORM, width=4)), path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_onnx_refuses_images_in_black_and_white(tmp_path):
+    run = trained(NETWORKS["conv"])
+    config = run.config.copy_and_resolve_references()
+    config.data.threshold = 0.5
+    pytest.importorskip("onnx")
+    with pytest.raises(UsageError, match=r"file\.onnx: got a run with data\.threshold"):
+        export(dataclasses.replace(run, config=config), tmp_path / "file.onnx")
 
 
 def test_torch_refuses_a_network_of_the_same_names_that_computes_something_else(tmp_path):

@@ -157,3 +157,20 @@ def test_sums_over_counts(collection):
 
 def test_nothing_counted_is_nan():
     assert all(map(math.isnan, compute(EvalMetrics.empty()).values()))
+
+
+def test_histograms_of_percentiles(tmp_path):
+    """A hundredth of the values between two percentiles; a NaN has no histogram; a resume voids later ones."""
+    writer = MetricWriter(Workdir(tmp_path), 0)
+    percentiles = np.linspace(-1, 3, 101)
+    for step in (1, 2):
+        writer.write_histograms(step, {"dense_0": percentiles, "dense_1": np.full(101, np.nan)})
+    writer.flush()
+    first, second = (event for event in events(tmp_path) if event.summary.value)
+    (value,) = first.summary.value
+    assert (value.tag, first.step, second.step) == ("dense_0", 1, 2)
+    histogram = value.histo
+    assert (histogram.min, histogram.max, histogram.num) == (-1, 3, 100)
+    np.testing.assert_allclose(histogram.bucket_limit, percentiles)
+    assert list(histogram.bucket) == [0] + [1] * 100
+    np.testing.assert_allclose(histogram.sum, 100)  # a mean of 1

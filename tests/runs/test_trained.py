@@ -1,5 +1,6 @@
 """A trained run, loaded: its predictions are those that the run was evaluated with, and its network is plain Flax."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from tests.runs.test_untrusted import resum
 from tests.training import test_own_network as own
 from vmapbn_flax import load_run
 from vmapbn_flax.cli import evaluate as evaluate_module
+from vmapbn_flax.data.binary import binarised
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs.trained import _BATCH, TrainedRun
 from vmapbn_flax.runs.workdir import Workdir
@@ -390,3 +392,17 @@ def test_the_first_prediction_takes_little_longer_than_the_imports(path):
     pairs = [(seconds(IMPORTS), seconds(PREDICTS)) for _ in range(11)]
     imports, predicts = map(statistics.median, zip(*pairs, strict=True))
     assert predicts < 1.5 * imports
+
+
+@pytest.mark.parametrize("threshold", [0.5, 100 / 255])
+def test_images_become_black_and_white_as_in_training(tmp_path, threshold):
+    """Integers and floats alike; the exported program is made of the same function."""
+    data = dataset()
+    run = load_run(write(tmp_path / "run", small.config(data__threshold=threshold), data))
+    grey = data.test.images
+    got = run.predict(grey)
+    np.testing.assert_array_equal(got, run.predict(binarised(data.test, threshold).images))
+    np.testing.assert_array_equal(got, run.predict(grey.astype(np.float32) / 255))
+    plain = run.config.copy_and_resolve_references()
+    plain.data.threshold = 0.0
+    assert np.abs(got - dataclasses.replace(run, config=plain).predict(grey)).max() > 1e-3

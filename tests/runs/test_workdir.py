@@ -21,6 +21,7 @@ NAMES = {
     "refresh": "refresh.json",
     "ledger": "sweep.json",
     "sweep_picture": "sweep.png",
+    "figure": "figure.png",
 }
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vmapbn_flax.data import bundled, prepared
 from vmapbn_flax.data.arrays import Dataset, Examples, Split, expanded
+from vmapbn_flax.data.binary import binarised
 from vmapbn_flax.data.splits import require_test
 from vmapbn_flax.errors import UsageError
 
@@ -41,6 +42,8 @@ def load_dataset(data: ConfigDict) -> Dataset:
         "folder": where the files are. Any other name: the directory of tensorflow-datasets; "" for $TFDS_DATA_DIR
         or ~/tensorflow_datasets.
         `test_fraction`: the share of each class that becomes the test split of files that have none.
+        `threshold`: the brightness, from 0 to 1, from which on a pixel of any split becomes 255, while one below it
+        becomes 0; by default all stay as they are.
         `validation_size`: how many examples at the end of the training split become the validation split.
         `memory_limit`: the most gigabytes that the images and labels may take as arrays. A larger data set is
         `streamed`: a prepared set or a folder stays on the disk and its splits are read piece by piece; the bundled
@@ -52,6 +55,9 @@ def load_dataset(data: ConfigDict) -> Dataset:
     max_bytes = data.memory_limit * 1e9
     dataset = _load(data, max_bytes)
     dataset = dataclasses.replace(dataset, streamed=dataset.nbytes > max_bytes)
+    if data.threshold:
+        train, test = (binarised(split, data.threshold) for split in (dataset.train, dataset.test))
+        dataset = dataclasses.replace(dataset, train=train, test=test)
     train, size = dataset.train, data.validation_size
     if not 0 <= size < len(train):
         raise UsageError(

@@ -1,6 +1,7 @@
 """The multilayer perceptron for one example, and its batched twin with the same variables."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -14,6 +15,8 @@ class MLP(nn.Module):
 
     A dense layer that a norm follows has no bias, because the norm subtracts it with the mean (Ioffe & Szegedy,
     2015, section 3.2). Its gradient would be rounding alone, of which Adam makes steps of full size.
+
+    The input of each sigmoid is sown in the collection `intermediates`, as `pre_activation_0`, `pre_activation_1`, ...
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -32,11 +35,14 @@ class MLP(nn.Module):
       num_classes: width of the output.
       norm: called with a `name`, makes the layer between each hidden dense layer and its sigmoid:
         `BatchNorm`, or a `functools.partial` of it. None leaves the layer out.
+      kernel_std: standard deviation of the normal distribution of all initial kernels; 0 leaves them to
+        `flax.linen.Dense`, whose variance is one over the number of inputs (LeCun).
     """
 
     hidden: Sequence[int]
     num_classes: int
     norm: Callable[..., nn.Module] | None = BatchNorm
+    kernel_std: float = 0.0
 
     @nn.compact
     def __call__(
@@ -55,12 +61,16 @@ class MLP(nn.Module):
         return self._logits(x, train, mask)
 
     def _logits(self, x: Array, train: bool, mask: Array | None) -> Array:
+        dense = nn.Dense
+        if self.kernel_std:
+            dense = partial(nn.Dense, kernel_init=nn.initializers.normal(self.kernel_std))
         for i, width in enumerate(self.hidden):
-            x = nn.Dense(width, use_bias=self.norm is None, name=f"dense_{i}")(x)
+            x = dense(width, use_bias=self.norm is None, name=f"dense_{i}")(x)
             if self.norm is not None:
                 x = self.norm(name=f"norm_{i}")(x, train=train, mask=mask)
+            self.sow("intermediates", f"pre_activation_{i}", x)
             x = nn.sigmoid(x)
-        return nn.Dense(self.num_classes, name="logits")(x)
+        return dense(self.num_classes, name="logits")(x)
 
 
 class BatchedMLP(MLP):

@@ -108,6 +108,8 @@ def _torch(run: TrainedRun) -> tuple[bytes, str]:
 
 
 def _onnx(run: TrainedRun) -> tuple[bytes, str]:
+    if run.config.data.threshold:
+        raise ValueError("got a run with data.threshold, which such a file cannot have. Export it as .stablehlo.")
     folded = run.fold()
     return to_onnx(folded.network, folded.variables, run.image_shape).SerializeToString(), ""
 

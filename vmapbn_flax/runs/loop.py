@@ -26,6 +26,7 @@ from vmapbn_flax.training.metrics import figures
 from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.state import TrainState
 from vmapbn_flax.training.trees import named_leaves
+from vmapbn_flax.training.watch import percentile_figures
 
 _WAKE_UP_SECONDS = 1.0  # the longest that a signal or the progress bar waits for the device
 
@@ -226,11 +227,15 @@ class Loop:
     def _evaluate(self) -> list[dict[str, float]]:
         """The figures of every run, none for a diverged one; prepares the evaluation rows."""
         with self.timing.clock("evaluate"):
-            measured = self._programs.measure(self.state)
-            results = [{} if record.diverged else figures(m) for record, m in zip(self._records, measured, strict=True)]
-        for record, result in zip(self._records, results, strict=True):
+            measured, watched = self._programs.measure(self.state), self._programs.watch(self.state)
+        results = [
+            {} if record.diverged else figures(m) | percentile_figures(w)
+            for record, m, w in zip(self._records, measured, watched, strict=True)
+        ]
+        for record, result, percentiles in zip(self._records, results, watched, strict=True):
             if result and not record.is_evaluated(self.step):
                 self._pending.append(partial(record.evaluated, self.step, result))
+                self._pending.append(partial(record.watched, self.step, percentiles))
         return results
 
     def save(self) -> None:

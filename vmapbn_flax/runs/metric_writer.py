@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from vmapbn_flax.files import AppendLog
 from vmapbn_flax.runs.workdir import Workdir
 
@@ -25,6 +27,10 @@ class MetricWriter:
         """Appends one row; values that are not finite are null in `metrics.jsonl`."""
         self._log.append({"step": step, **finite(scalars)})
         self._events.add_scalars(scalars, step)
+
+    def write_histograms(self, step: int, percentiles: Mapping[str, np.ndarray]) -> None:
+        """Fills TensorBoard's tabs of distributions and histograms; each has the percentiles 0 to 100."""
+        self._events.add_histograms(percentiles, step)
 
     def write_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
         """Fills TensorBoard's hparams tab, which shows the last of each of the scalars `metrics`."""

@@ -12,6 +12,7 @@ from vmapbn_flax.runs.metric_writer import MetricWriter, finite
 from vmapbn_flax.runs.selection import best_row
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.training.metrics import TrainMetrics, compute
+from vmapbn_flax.training.watch import Percentiles
 
 
 class Record:
@@ -74,6 +75,11 @@ class Record:
     def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes an evaluation row."""
         self._write(step, figures)
+
+    def watched(self, step: int, percentiles: Percentiles) -> None:
+        """Writes TensorBoard's histograms of what `config.train.watch` names."""
+        if self._writer and percentiles:
+            self._writer.write_histograms(step, percentiles)
 
     def _write(self, step: int, figures: Mapping[str, float]) -> None:
         self.rows.append({"step": step, **finite(figures)})

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Float32, PyTree
 from ml_collections import ConfigDict
 
+from vmapbn_flax.data.binary import least_white
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
 from vmapbn_flax.networks import BUILT_IN, attributes, import_network, in_form
@@ -92,9 +93,11 @@ class TrainedRun:
 
         Args:
           variables: as `self.variables`.
-          images: from 0 to 1, each of `image_shape`.
+          images: from 0 to 1, each of `image_shape`; `config.data.threshold` makes them black and white.
         """
-        model = self.config.model
+        model, threshold = self.config.model, self.config.data.threshold
+        if threshold:  # between two intensities, where no rounding matters
+            images = (images >= (least_white(threshold) - 0.5) / 255).astype(images.dtype)
         inputs = as_inputs(type(self.network), images.astype(model.dtype))
         variables = variables | {"params": in_compute_dtype(model, variables["params"])}
         logits = VmapBatch(self.network).apply(variables, inputs, train=False)

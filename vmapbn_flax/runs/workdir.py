@@ -29,6 +29,7 @@ class Workdir:
       refresh: the figures before and after a refresh, JSON; marks a workdir of refreshed statistics.
       ledger: the members and groups of a sweep, JSON; marks the workdir of a sweep.
       sweep_picture: the validation accuracy of a sweep's members, drawn.
+      figure: a sweep with and without batch norm, drawn as in figure 1 of Ioffe & Szegedy (2015).
     """
 
     def __init__(self, path: Path, *, writes: bool = True):
@@ -42,6 +43,7 @@ class Workdir:
         self.refresh = path / "refresh.json"
         self.ledger = path / "sweep.json"
         self.sweep_picture = path / "sweep.png"
+        self.figure = path / "figure.png"
         self._lock_file = path / ".lock"
 
     def __str__(self) -> str:

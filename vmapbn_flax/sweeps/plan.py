@@ -16,6 +16,7 @@ from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.members import member_bytes
+from vmapbn_flax.training.watch import require_watched
 
 _MEMORY_SHARE = 0.5  # of the devices' memory, that a group may take by its estimate
 
@@ -33,7 +34,7 @@ class Datasets:
           UsageError: the data set cannot be loaded, or is larger than the memory limit.
         """
         data = config.data
-        key = (data.name, data.dir, data.test_fraction, data.validation_size, data.memory_limit)
+        key = (data.name, data.dir, data.test_fraction, data.validation_size, data.memory_limit, data.threshold)
         if key not in self._loaded:
             self._loaded = {key: load_dataset(data)}
         dataset = self._loaded[key]
@@ -67,6 +68,8 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
     plan = []
     for together in program_groups([member for name, member in members.items() if name not in ledger.members]):
         most = config.sweep_options.chunk or _most_members(together, datasets)
+        dataset = datasets.load(together[0].config)
+        require_watched(together[0].config, dataset.num_classes, dataset.train.image_shape)
         plan += [[member.name for member in part] for part in chunk(together, most)]
     # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
     for member in members.values():

@@ -29,6 +29,7 @@ from vmapbn_flax.training.optimizer import learning_rate
 from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
 from vmapbn_flax.training.stream import Stream
+from vmapbn_flax.training.watch import Percentiles, make_watch, require_watched
 
 _STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
 _VARIABLES = (0, 1, 2)  # and which of evaluation: parameters, statistics, hyperparameters
@@ -80,6 +81,8 @@ class Programs:
         splits = {"validation": dataset.validation, "test": dataset.test}
         self._eval_splits = {name: split for name, split in splits.items() if split is not None}
         self._set_members(configs)
+        require_watched(config, dataset.num_classes, dataset.train.image_shape)
+        self._watched = dataset.test[: config.train.eval_batch_size]
         self._make_programs(config, dataset)
         self._stream = None
         if dataset.streamed:
@@ -111,6 +114,7 @@ class Programs:
         evaluate = make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
         population = make_population_statistics(model, train.eval_batch_size, num_classes, self.layout)
         gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
+        watch = make_watch(model, train.watch, len(self._watched), train.eval_batch_size, num_classes, self.layout)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
         make = partial(Program, sharding=self._sharding, positions=has_positions(model))
@@ -135,6 +139,7 @@ class Programs:
         self._create = make("create", self._members.map_at_once(self._create_one), optimise=False)
         self._train = make_train("train")
         self._train_frozen = make_train("train_frozen", freeze_norm=True)
+        self._watch = make("watch", over(watch, _VARIABLES), trace_in_thread=True) if config.train.watch else None
         self._gradients = make("gradients", over(gradients, training))
         # Only `predictions` asks for the second result; for `measure` the compiler leaves it out.
         measure, predict = over(lambda *arguments: evaluate(*arguments)[0], _VARIABLES), over(evaluate, _VARIABLES)
@@ -268,7 +273,8 @@ class Programs:
         if self._stream:
             return
         state = self._placed_template()
-        for split, program in self._measure.items():
+        watched = [("test", self._watch)] if self._watch else []
+        for split, program in [*self._measure.items(), *watched]:
             if program.name not in self.compiler:
                 self.compiler.start(program, (state.params, state.batch_stats, self.hyper, *self._data[split]))
 
@@ -294,6 +300,17 @@ class Programs:
 
         with contextlib.closing(self._stream.batches(self._eval_splits[split])) as batches:
             yield from map(on_host, batches)
+
+    def watch(self, state: TrainState) -> list[Percentiles]:
+        """Each member's percentiles of what `config.train.watch` names, on every host."""
+        if self._watch is None:
+            return [{} for _ in range(self.count)]
+        call = partial(self.compiler.call, self._watch, state.params, state.batch_stats, self.hyper)
+        if self._stream is None:
+            return self.split(call(*self._data["test"]))
+        with contextlib.closing(self._stream.batches(self._watched)) as batches:
+            images, labels, _ = next(batches)
+        return self.split(call(images, labels))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """The `figures` of a single run."""
