@@ -1,9 +1,9 @@
 """Sums over positions and batch, and broadcasts against them, in the order of operations that is fast on a CPU.
 
 XLA's CPU code for a sum over several axes takes ten times as long as one over a single short axis that is not the last:
-that one is unrolled and vectorised, and computes what it sums on the way. So a sum takes two steps, pieces of the last
-position axis first. The gradient of a broadcast is a sum; `spread` broadcasts in two steps as well, so that this sum is
-a fast one too.
+that one is unrolled and vectorised, and computes what it sums on the way. So a sum starts with pieces of the last
+position axis. The gradient of a broadcast is a sum; `spread` broadcasts in two steps as well, so that this sum is a
+fast one too.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ def totals(terms: Sequence[Inexact[Array, "*positions _"]], axis_name: tuple[str
         if _several_axes(x, axis_name):
             *outer, width, features = x.shape
             x = _keep_apart(jnp.sum(x.reshape(*outer, -1, _piece(width), features), -2))
+            # Example by example, then over the batch: a sum of many numbers in a row loses digits.
+            x = _keep_apart(jnp.sum(x, tuple(range(0 if axis_name else 1, x.ndim - 1))))
         return jnp.sum(x, tuple(range(x.ndim - 1)))
 
     return lax.psum([own(x) for x in terms], axis_name)

@@ -16,15 +16,13 @@ from jax.stages import Compiled, Lowered
 # Compiles the initialisation in a fifth of the time.
 _UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
-# Fewer copies of the optimizer's moments in the loop; whole vectors where there is AVX-512 (docs/speed.md).
+# In this order: fewer copies of the optimizer's moments in the loop; whole vectors where there is AVX-512; code of the
+# compiler's own for reductions and products, in place of a library's. docs/speed.md has the gains.
 _CPU_OPTIONS = {
     "xla_cpu_copy_insertion_use_region_analysis": True,
     "xla_cpu_prefer_vector_width": 512,
+    "xla_cpu_experimental_ynn_fusion_type": "",
 }
-
-# Code of the compiler's own for reductions and products, in place of a library's. It is faster on matrices. But over
-# the positions of images it is slower, and adds one number after another: a variance of 50,000 was off by 1e-4.
-_CPU_OWN_CODE = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Program:
       donate: the positions of the arguments whose buffers a call uses up.
       sharding: of the results on the devices; None is the default device.
       optimise: False saves compilation time, for a program that hardly runs.
-      positions: whether it sums over the positions of images.
       trace_in_thread: whether `Compiler.start` also traces in a thread. Tracing holds the interpreter's lock, so that a
         thread would only delay a program that something waits for.
     """
@@ -46,7 +43,6 @@ class Program:
     donate: tuple[int, ...] = ()
     sharding: NamedSharding | None = None
     optimise: bool = True
-    positions: bool = False
     trace_in_thread: bool = False
 
 
@@ -100,7 +96,7 @@ class Compiler:
         function = jax.jit(program.function, donate_argnums=program.donate, out_shardings=program.sharding)
         lower = partial(function.lower, *arguments)
         lowered = None if program.trace_in_thread else lower()
-        options = _CPU_OPTIONS | ({} if program.positions else _CPU_OWN_CODE) if program.optimise else _UNOPTIMISED
+        options = _CPU_OPTIONS if program.optimise else _UNOPTIMISED
         self._programs[program.name] = self._threads.submit(lambda: _compile(lowered or lower(), options))
         return self._programs[program.name]
 

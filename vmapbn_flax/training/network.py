@@ -71,11 +71,6 @@ def as_inputs(
     return images if images.ndim == 4 else images[..., jnp.newaxis]
 
 
-def has_positions(model: ConfigDict) -> bool:
-    """Whether the network takes an image as it is, and not as features without positions."""
-    return not issubclass(import_network(model.name), MLP)
-
-
 def in_compute_dtype(model: ConfigDict, params: PyTree) -> PyTree:
     """Parameters as the network computes with them; their gradients arrive in the parameters' own type."""
 

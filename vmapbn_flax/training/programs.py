@@ -24,7 +24,7 @@ from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, figures
-from vmapbn_flax.training.network import has_convolutions, has_positions
+from vmapbn_flax.training.network import has_convolutions
 from vmapbn_flax.training.optimizer import learning_rate
 from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
@@ -117,7 +117,7 @@ class Programs:
         watch = make_watch(model, train.watch, len(self._watched), train.eval_batch_size, num_classes, self.layout)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
-        make = partial(Program, sharding=self._sharding, positions=has_positions(model))
+        make = partial(Program, sharding=self._sharding)
         over = self._members.map
         training = (_STATE, _HYPER, _ORDER)
         self._by_step = (
