@@ -13,4 +13,5 @@ class FlaxBatchNorm(BatchedBatchNorm):
         return super().__call__(x, train=not evaluate, mask=mask)
 
 
-nn.BatchNorm = FlaxBatchNorm
+def pytest_configure():
+    nn.BatchNorm = FlaxBatchNorm

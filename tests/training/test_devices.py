@@ -105,7 +105,7 @@ def test_batches_that_do_not_divide(devices, size):
 )
 def test_ghost_batches(devices, norm):
     """The same groups on 3 devices, which divide them, and on 2 and 8, which do not."""
-    assert_equal(trained(devices, **GHOSTS, model__norm=norm), trained(1, **GHOSTS), 1e-6)
+    assert_equal(trained(devices, **GHOSTS, model__norm=norm), trained(1, **GHOSTS), 2e-6)
 
 
 def test_data_set_of_which_each_device_holds_a_share():

@@ -12,6 +12,7 @@ from vmapbn_flax.cli import environment
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.files import require_writable, write_whole
+from vmapbn_flax.networks import in_form
 from vmapbn_flax.runs.console import table
 from vmapbn_flax.runs.loading import load_config, load_state
 from vmapbn_flax.runs.workdir import Workdir
@@ -88,7 +89,7 @@ def _load(
     if norm is not None:
         if config.model.norm == "none":
             raise UsageError(f"--norm={norm}: got a run without batch norm, {workdir}, expected one with it")
-        config.model.norm = norm
+        config.model.norm = in_form(config.model.norm, batched=norm == "batched")
     dataset = load_dataset(config.data)
     programs = Programs([config], dataset)
     return programs, dataset, load_state(run_workdir, step, programs.template())

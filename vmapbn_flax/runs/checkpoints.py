@@ -215,8 +215,10 @@ def _read(path: Path, make_template: Callable[[Meta], State], *, whole: bool = T
                 saved_as = {name: leaf for name, leaf in saved_as.items() if name.partition("/")[0] in parts}
             require_fit(saved_as, template, count, path)
             wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved_as.items()}
-            state = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=not whole))
-            arrays = checkpointer.restore(path.absolute(), args=state)["state"]
+            # As numpy arrays, also what many processes saved as global ones.
+            as_numpy = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
+            state = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=not whole)
+            arrays = checkpointer.restore(path.absolute(), args=ocp.args.Composite(state=state))["state"]
     if count > 1:  # many processes also save the rows that pad the members to the devices
         arrays = {name: array[:count] for name, array in arrays.items()}
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named_leaves(template)]), meta
