@@ -61,6 +61,7 @@ LISTED = [
     "python tests/benchmarks/performance.py > docs/performance.md",
     "python tests/benchmarks/exactness.py > docs/exactness.md",
     "python tests/benchmarks/folding.py",
+    "taskset -c 0 python tests/benchmarks/batch_norm.py",
     "python tests/benchmarks/scaling.py",
     "python tests/benchmarks/smoothness.py",
 ]

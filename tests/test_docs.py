@@ -53,7 +53,10 @@ def test_every_page_has_code_that_runs_or_is_listed():
     assert [page for page in PAGES if not {"python", "bash"} & set(fences[page])] == PROSE
 
 
-@pytest.mark.parametrize("page", RUN)
+SLOW = ("docs/batch-norm.md", "docs/equinox.md", "docs/story.md")
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in RUN])
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """In order, in one namespace a page and an empty directory; a block that starts with >>> is a doctest."""
     monkeypatch.chdir(tmp_path)

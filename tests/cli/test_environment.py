@@ -102,6 +102,7 @@ for name, config in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="takes from Linux what macOS lacks")
 def test_no_home_and_none_of_linux_s_own_functions(tmp_path):
     """As a user without an entry in the password file, and without what `os` has on Linux and lacks on macOS."""

@@ -89,6 +89,7 @@ def test_killed_once_in_each_phase(run, undisturbed):
     check(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_sweep_killed_once_in_each_phase(sweep, undisturbed_sweep):
     kill_in_each(SWEEP_PHASES, sweep)
     check(sweep, undisturbed_sweep)

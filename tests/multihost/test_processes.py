@@ -168,6 +168,7 @@ def test_a_process_dies(two, together):
     assert leftovers(two.workdir) == []
 
 
+@pytest.mark.slow
 def test_the_leader_dies_while_a_follower_is_elsewhere(two):
     """No broken connection of its own tells it; jax aborts it, and it says the same and exits the same."""
     two.start(faults={0: {"name": ADVANCE, "call": 5}, 1: {"name": ADVANCE, "call": 5, "seconds": 60}})
@@ -248,7 +249,7 @@ NO_ROOM = "metrics.jsonl: got No space left on device"
         ("bug", 1, (), 1, "ZeroDivisionError: a bug"),
         pytest.param("full_disk", 0, (), 1, NO_ROOM, marks=pytest.mark.slow),
         pytest.param("failing_save", 0, (), 1, "got a checkpoint that could not be saved", marks=pytest.mark.slow),
-        ("failing_directory", 0, (), 1, "got a checkpoint that could not be saved"),
+        pytest.param("failing_directory", 0, (), 1, "got a checkpoint that could not be saved", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_in_one_ends_all(two, name, process, flags, status, message):
@@ -356,6 +357,7 @@ def test_a_sweep(two_sweeping, program, tmp_path):
             np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_members_are_saved_where_they_lie(two_sweeping, program, tmp_path):
     """Each by the process on whose devices it lies, in the form of one saved by a single process."""
     two, log = two_sweeping, tmp_path / "log"

@@ -75,7 +75,7 @@ def assert_equal_in_evaluation(network, images):
     return folded_variables
 
 
-SLOW = ("resnet18", "batched resnet")  # whose layers the others have, too
+SLOW = ("resnet18", "batched resnet", "bottleneck")  # whose layers the others have, too
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def assert_close(a, b, tolerance=1e-5):
         pytest.param("conv", False, marks=pytest.mark.slow),
         ("conv", True),
         pytest.param("resnet", False, marks=pytest.mark.slow),
-        ("resnet", True),
+        pytest.param("resnet", True, marks=pytest.mark.slow),
         pytest.param("imagenet", True, marks=pytest.mark.slow),
     ],
 )
@@ -155,7 +155,7 @@ def test_padded_images_of_a_conv_net():
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("name", ["conv", "resnet"])
+@pytest.mark.parametrize("name", ["conv", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_ghost_batches(name):
     """Each group as if alone, padding included; the average of the statistics, the sum of the gradients."""
     one = TWINS[name][0]
@@ -190,7 +190,7 @@ def test_pooling_is_that_of_flax():
     assert jnp.isnan(images.max_pool_relu(missing)).all()
 
 
-@pytest.mark.parametrize(("size", "channels"), [(3, 1), (3, 3), (5, 1)])
+@pytest.mark.parametrize(("size", "channels"), [(3, 1), (3, 3), pytest.param(5, 1, marks=pytest.mark.slow)])
 def test_products_with_small_patches_are_the_convolution(size, channels):
     """With derivatives in every variable, in both modes, under vmap, and in bfloat16."""
     x, kernel = map(jnp.asarray, (normal(2, 7, 6, channels), normal(size, size, channels, 4, seed=1) / size))
@@ -278,6 +278,7 @@ def test_zero_scale_starts_as_the_identity():
     assert_close(step(VmapBatch(network), variables, x)[:2], step(VmapBatch(stem), without, x)[:2])
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """Computed in bfloat16; parameters, statistics and logits stay in float32."""
     x = normal(32, *SHAPE)

@@ -97,8 +97,8 @@ def derivative(function, order, v):
     return function
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("Layer", [BatchNorm, BatchedBatchNorm])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("Layer", [BatchNorm, pytest.param(BatchedBatchNorm, marks=pytest.mark.slow)])
 def test_derivatives_up_to_the_third(Layer, masked):
     """In forward mode, and the gradient of each; weights of positions are 0, 1 and 2."""
     shape = (4, 3, 2, 2)

@@ -171,7 +171,7 @@ def test_longer_continues_a_finished_run(train, workdir, undisturbed):
     assert "config.train.num_epochs: 7.0 -> 5.0" in lines[0]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", [pytest.param("constant", marks=pytest.mark.slow), "cosine"])
 def test_longer_beside_longer_from_the_start(train, workdir, tmp_path, capsys, schedule):
     """Constant rates: the same bits. A cosine: the rates of the longer run, but only from the restored step on."""
     flag, longer = f"--config.optimizer.schedule={schedule}", "--config.train.num_epochs=7"

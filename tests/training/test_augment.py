@@ -120,6 +120,7 @@ def test_the_same_images_alone_and_in_a_sweep():
         small.assert_close(member.params, alone.params)
 
 
+@pytest.mark.slow
 def test_the_same_images_on_many_devices():
     sgd = {"optimizer__name": "sgd", "data__augment": ALL}
     (alone,) = trained(make(small.config(**sgd)), [(0, 5)])

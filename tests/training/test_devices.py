@@ -68,11 +68,12 @@ def assert_equal(got, expected, rtol):
         assert np.abs(a - b).max() <= rtol * max(np.abs(b).max(), 0.1), (jax.tree_util.keystr(path), a, b)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_same_numbers(devices):
     assert_equal(trained(devices), trained(1), 1e-5)
 
 
+@pytest.mark.slow
 def test_same_numbers_with_the_default_config():
     """What README states. Some pixels are black in nearly all images, and Adam enlarges their weights' rounding."""
 

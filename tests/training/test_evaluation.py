@@ -64,7 +64,7 @@ def expected():
         (1, {"train__eval_batch_size": 16, "streamed": True}),
         (3, {"train__eval_batch_size": 16}),
         (3, {"train__eval_batch_size": 16, "streamed": True}),
-        (3, {"train__eval_batch_size": 16, "mesh__replicate_limit": 0}),
+        pytest.param(3, {"train__eval_batch_size": 16, "mesh__replicate_limit": 0}, marks=pytest.mark.slow),
     ],
 )
 def test_predictions(devices, changes):

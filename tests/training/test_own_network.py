@@ -139,6 +139,7 @@ def convolved(x, kernel):
     return sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(rows) for j in range(columns))
 
 
+@pytest.mark.slow
 def test_computation_in_bfloat16():
     """Parameters, statistics and the optimizer's state stay in float32; logits are off by rounding to 8 bits."""
     half = make(config(model__dtype="bfloat16"))

@@ -8,6 +8,7 @@ fast one too.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
@@ -19,11 +20,11 @@ def totals(terms: Sequence[Inexact[Array, "*positions _"]], axis_name: tuple[str
     """The sum of each term over all its positions and over the axes `axis_name`, in one reduction across these."""
 
     def own(x: Array) -> Array:
-        if _several_axes(x, axis_name):
+        if _takes_steps(x, axis_name):
             *outer, width, features = x.shape
-            x = _keep_apart(jnp.sum(x.reshape(*outer, -1, _piece(width), features), -2))
+            x = lax.optimization_barrier(jnp.sum(x.reshape(*outer, -1, _piece(width), features), -2))
             # Example by example, then over the batch: a sum of many numbers in a row loses digits.
-            x = _keep_apart(jnp.sum(x, tuple(range(0 if axis_name else 1, x.ndim - 1))))
+            x = lax.optimization_barrier(jnp.sum(x, tuple(range(0 if axis_name else 1, x.ndim - 1))))
         return jnp.sum(x, tuple(range(x.ndim - 1)))
 
     return lax.psum([own(x) for x in terms], axis_name)
@@ -36,7 +37,7 @@ def spread(
     replica_axis_name: tuple[str, ...] = (),
 ) -> Inexact[Array, "*some features"]:
     """`v` for each example, in a shape that broadcasts to that of `x`."""
-    if not _several_axes(x, axis_name):
+    if not _takes_steps(x, axis_name):
         return v
     # Adding an integer zero of each example makes `v` differ between examples as far as `vmap` knows. Otherwise the
     # gradient would be summed over the batch and over positions at once, outside `vmap`.
@@ -44,7 +45,7 @@ def spread(
         v = v + (0 * lax.axis_index(name)).astype(v.dtype)
     *outer, width, features = x.shape
     piece = _piece(width)
-    v = _keep_apart(jnp.broadcast_to(v, (*outer, width // piece, 1, features)))
+    v = lax.optimization_barrier(jnp.broadcast_to(v, (*outer, width // piece, 1, features)))
     return jnp.broadcast_to(v, (*outer, width // piece, piece, features)).reshape(x.shape)
 
 
@@ -53,10 +54,6 @@ def _piece(width: int) -> int:
     return max((n for n in range(2, _LONGEST + 1) if width % n == 0), default=width)
 
 
-def _several_axes(x: Array, axis_name: tuple[str, ...]) -> bool:
-    return x.ndim > 1 and x.ndim - 1 + len(axis_name) > 1
-
-
-def _keep_apart(x: Array) -> Array:
-    """`x`; on a CPU the compiler does not merge what computes it with what uses it."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+def _takes_steps(x: Array, axis_name: tuple[str, ...]) -> bool:
+    """Whether there are several axes to sum over, and a CPU to do it; other backends get one plain sum."""
+    return x.ndim > 1 and x.ndim - 1 + len(axis_name) > 1 and jax.default_backend() == "cpu"
