@@ -152,6 +152,7 @@ def test_folded_networks_go_to_torch_and_back(torch):
         close(evaluate(network, variables, x), logits)
 
 
+@pytest.mark.slow
 def test_folded_networks_go_to_equinox_and_back():
     for (network, variables), make, x in (
         (folded_conv_net(), partial(equinox_network, EquinoxConvNet), IMAGES),

@@ -127,7 +127,7 @@ def test_masked_examples_disturb_nothing(name):
         assert_close((evaluated[mask], logits[mask], *rest), want)
 
 
-@pytest.mark.parametrize("name", ["resnet", pytest.param("imagenet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "imagenet")])
 def test_padded_images_are_the_images(name):
     """The larger size is even where the smaller one is odd: a stride has to start at the same position in both."""
     one = TWINS[name][0]
@@ -190,7 +190,10 @@ def test_pooling_is_that_of_flax():
     assert jnp.isnan(images.max_pool_relu(missing)).all()
 
 
-@pytest.mark.parametrize(("size", "channels"), [(3, 1), (3, 3), pytest.param(5, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("size", "channels"),
+    [(3, 1), pytest.param(3, 3, marks=pytest.mark.slow), pytest.param(5, 1, marks=pytest.mark.slow)],
+)
 def test_products_with_small_patches_are_the_convolution(size, channels):
     """With derivatives in every variable, in both modes, under vmap, and in bfloat16."""
     x, kernel = map(jnp.asarray, (normal(2, 7, 6, channels), normal(size, size, channels, 4, seed=1) / size))
@@ -267,6 +270,7 @@ def test_signals_keep_their_size_without_norm():
     assert np.std(variables["params"]["conv_0"]["kernel"]) == pytest.approx(np.sqrt(2 / (9 * 16)), rel=0.03)
 
 
+@pytest.mark.slow
 def test_zero_scale_starts_as_the_identity():
     x = normal(4, *SHAPE)
     network, stem = (ResNet(num_classes=3, blocks=blocks, width=4, zero_scale=True) for blocks in ((2,), ()))

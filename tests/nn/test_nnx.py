@@ -307,6 +307,7 @@ def test_variables_that_do_not_fit_are_named():
         to_nnx(variables, model)
 
 
+@pytest.mark.slow
 def test_the_linen_network_in_nnx():
     """`ToNNX(VmapBatch(...))`: its state is that of the native network."""
     x, network = normal(8, 4), VmapBatch(MLP(hidden=(6, 5), num_classes=3))

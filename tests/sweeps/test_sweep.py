@@ -367,6 +367,7 @@ def test_a_member_is_loaded_like_any_run(eight):
     assert np.float32(right.mean()) == np.float32(loaded.figures["validation_accuracy"])
 
 
+@pytest.mark.slow
 def test_a_diverged_member_keeps_its_best_checkpoint(tmp_path):
     """It is evaluated at every step, until a loss is not finite."""
     config = sweep_config({"optimizer__learning_rate": (0.01, 1e38)}, train__max_skipped_steps=3, train__eval_every=0.2)
@@ -485,6 +486,7 @@ def test_more_members_than_files_may_be_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+@pytest.mark.slow
 def test_widths_are_groups(tmp_path, compilations):
     before = len(compilations)
     config = sweep_config({"model__hidden": ((4,), (5,)), "seed": (0, 1, 2, 3)}, sweep_options__chunk=2)
@@ -497,7 +499,8 @@ def test_widths_are_groups(tmp_path, compilations):
 
 
 @pytest.mark.parametrize(
-    ("on_failure", "statuses"), [("continue", ["failed", "done"]), ("stop", ["failed", "pending"])]
+    ("on_failure", "statuses"),
+    [("continue", ["failed", "done"]), pytest.param("stop", ["failed", "pending"], marks=pytest.mark.slow)],
 )
 def test_group_that_fails(on_failure, statuses, tmp_path, monkeypatch):
     config = sweep_config({"model__hidden": ((4,), (5,))}, sweep_options__on_failure=on_failure)

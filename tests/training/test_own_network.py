@@ -63,6 +63,7 @@ def plain():
     return make(config())
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_parts_and_streamed():
     (whole,), (parts,) = trained(plain()), trained(plain(), [(0, 5), (5, 1), (6, 3), (9, 1)])
     small.assert_same_bits(parts, whole)
