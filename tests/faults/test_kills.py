@@ -26,7 +26,7 @@ TOTAL = 30
 # In the order of a run's life.
 PHASES = {
     "data": "vmapbn_flax.runs.train:load_dataset",
-    "restore": "vmapbn_flax.runs.loop:restore_latest",
+    "restore": "vmapbn_flax.runs.restoring:restore_latest",
     "log": "vmapbn_flax.runs.record:MetricWriter",
     "config": "vmapbn_flax.runs.workdir:write_json",
     "compile": "vmapbn_flax.training.compiler:Compiler.start",

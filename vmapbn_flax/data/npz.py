@@ -1,8 +1,10 @@
 """NumPy's .npz files, with the names of arrays that Keras and MedMNIST use. Nothing is ever unpickled."""
 
+import contextlib
 import math
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +35,11 @@ def load(path: Path, test_fraction: float, max_bytes: float) -> Dataset:
         or see `make_dataset`.
     """
     file = _find(path)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = _names(file, {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")})
-            train, *rest = (
-                tuple(ArrayFile(f"{file}, {name}", _read(archive, name, max_bytes)) for name in pair) for pair in names
-            )
-    except UsageError:
-        raise
-    except Exception as error:  # a damaged archive may raise anything
-        got = getattr(error, "strerror", None) or first_line(error)
-        raise UsageError(
-            f"{file}: got {got}; expected a whole .npz file, as numpy.savez writes it. Write it again."
-        ) from None
+    with _damage(file, "a whole .npz file, as numpy.savez writes it"), zipfile.ZipFile(file) as archive:
+        names = _names(file, {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")})
+        train, *rest = (
+            tuple(ArrayFile(f"{file}, {name}", _read(archive, name, max_bytes)) for name in pair) for pair in names
+        )
     return make_dataset(path, train, rest[0] if rest else None, test_fraction, max_bytes)  # type: ignore[arg-type]
 
 
@@ -55,7 +49,7 @@ def read_array(path: Path, max_bytes: float) -> np.ndarray:
     Raises:
       UsageError: the file cannot be read, or is not of this kind, or larger than `max_bytes`.
     """
-    try:
+    with _damage(path, "a whole file, as numpy.save or numpy.savez writes it"):
         if path.suffix == ".npy":
             with path.open("rb") as file:
                 return _parse(file, path.name, path.stat().st_size, max_bytes)
@@ -68,13 +62,18 @@ def read_array(path: Path, max_bytes: float) -> np.ndarray:
                     f"{' or '.join(_IMAGES)}. Write that alone."
                 )
             return _read(archive, chosen[0], max_bytes)
+
+
+@contextlib.contextmanager
+def _damage(path: Path, expected: str) -> Iterator[None]:
+    """Turns what a damaged file raises, which may be anything, into a UsageError."""
+    try:
+        yield
     except UsageError:
         raise
-    except Exception as error:  # a damaged file may raise anything
+    except Exception as error:
         got = getattr(error, "strerror", None) or first_line(error)
-        raise UsageError(
-            f"{path}: got {got}; expected a whole file, as numpy.save or numpy.savez writes it. Write it again."
-        ) from None
+        raise UsageError(f"{path}: got {got}; expected {expected}. Write it again.") from None
 
 
 def _find(path: Path) -> Path:

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.files import make_directory
 from vmapbn_flax.multihost.processes import Processes
-from vmapbn_flax.runs.checkpoints import Checkpoints, Meta, restore, restore_latest
+from vmapbn_flax.runs.checkpoints import Checkpoints
 from vmapbn_flax.runs.console import Progress
 from vmapbn_flax.runs.record import Record
+from vmapbn_flax.runs.restoring import restore_runs
 from vmapbn_flax.runs.timing import Timing
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.metrics import figures
@@ -58,12 +59,12 @@ class Loop:
         processes: Processes,
         started: float,
     ):
-        self._records, self._directory, self._programs, self._train = records, directory, programs, train
+        self._records, self._programs, self._train = records, programs, train
         self._processes = processes
         self.timing = Timing(programs.compiler, started)
         self._eval_steps = max(1, steps_in(train.eval_every, programs.steps_per_epoch))
         self._pending: list[Callable[[], None]] = []  # rows and checks for the next agreement
-        restored = self._restore()
+        restored = restore_runs(directory, programs, records, processes)
         self.step = self.first_step = restored[1]["step"] if restored else 0
         programs.compile_ahead(self.step)
         self.state: TrainState = programs.place(restored[0]) if restored else programs.create()
@@ -78,37 +79,6 @@ class Loop:
     def active(self) -> list[Record]:
         """The records of the runs that have not diverged."""
         return [record for record in self._records if not record.diverged]
-
-    def _restore(self) -> tuple[TrainState, Meta] | None:
-        """The newest whole checkpoint, which every process reads."""
-        template, restored = self._programs.template(), None
-        with self._processes.together() as agreement:
-            if self._processes.first:
-                restored = restore_latest(self._directory, template)
-                agreement.say(step=restored and restored[1]["step"])
-        step = agreement.heard[0]["step"]
-        if step is None:
-            return None
-        with self._processes.together():
-            restored = restored or restore(self._directory, step, template)
-            self._require_fit(restored[1])
-        return restored
-
-    def _require_fit(self, meta: Meta) -> None:
-        if [run.get("name") for run in meta["runs"]] != [record.name for record in self._records]:
-            raise RunError(
-                f"{self._directory}: got checkpoints of other members, expected {self._records[0].name} and the "
-                f"rest of its group. Remove {self._directory.parent} to start the group afresh."
-            )
-        for record, saved in zip(self._records, meta["runs"], strict=True):
-            if not record.diverged:
-                record.require_fit(saved, meta["step"])
-        if meta["step"] > self._programs.total_steps:
-            raise RunError(
-                f"{self._directory}: got a checkpoint of step {meta['step']}, expected at most the "
-                f"{self._programs.total_steps} of this run: its data set has shrunk. Use the data.dir it was made "
-                f"with, or another --workdir."
-            )
 
     def close(self) -> None:
         """Waits for the save in flight; every way out must call it."""
