@@ -187,6 +187,7 @@ class Loop:
         ]
         for record, _ in found:
             record.diverged = True
+            self._pending.append(partial(record.write_hparams, failed=True))
         return found
 
     def _evaluation_due(self) -> bool:

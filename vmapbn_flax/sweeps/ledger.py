@@ -8,8 +8,8 @@ from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import read_json
 from vmapbn_flax.runs.workdir import Workdir
 
-STATUSES = ("pending", "running", "done", "diverged", "failed")
-_OVER = ("done", "diverged")  # for good; a failed member is tried again
+STATUSES = ("pending", "running", "done", "diverged", "failed", "stopped")
+_OVER = ("done", "diverged", "stopped")  # for good; a failed member is tried again
 
 
 class Ledger:
