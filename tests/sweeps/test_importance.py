@@ -19,7 +19,9 @@ def settings(accuracy, fields, statuses=None):
         values = {name: column[i] for name, column in fields.items()}
         status = (statuses or {}).get(i, "done")
         rows = [{"step": 20, SELECTION: accuracy[i]}]
-        result = Result(str(i), Workdir(Path(str(i))), values, status, 20, 0 if status == "stopped" else None, None, rows)
+        result = Result(
+            str(i), Workdir(Path(str(i))), values, status, 20, 0 if status == "stopped" else None, None, rows
+        )
         found.append(Setting(str(i), values, [result]))
     return found
 
@@ -82,8 +84,10 @@ def test_ties_and_members_without_a_figure():
     assert found["rate"].share > found["rate"].by_chance
     # Those that were stopped come after those that are done.
     stopped = dict.fromkeys(diverged, "stopped")
-    assert by_field(importances(settings(np.where(accuracy < 0.5, accuracy + 1, accuracy), fields, stopped))) == everyone
-    running = {i: "running" for i in range(40 - FEWEST + 1)}
+    assert (
+        by_field(importances(settings(np.where(accuracy < 0.5, accuracy + 1, accuracy), fields, stopped))) == everyone
+    )
+    running = dict.fromkeys(range(40 - FEWEST + 1), "running")
     assert importances(settings(accuracy, fields, running)) == []
     assert importances(settings(np.full(40, 0.5), fields)) == []
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.sweeps.test_report import by_hand, labels, write_sweep
-from vmapbn_flax import load_run, load_sweep
+from vmapbn_flax import load_sweep
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.report import report
@@ -31,7 +31,22 @@ def test_who_trained_longer_comes_first(tmp_path, capsys):
     assert report(Workdir(workdir)).name == "learning_rate=0.02"
     lines = capsys.readouterr().err.splitlines()
     (third,) = (line.split() for line in lines if "learning_rate=0.03" in line)
-    assert third == "3 learning_rate=0.03 0 of 1 90.00 % 85.00 % 1 stopped at rung 1".split()
+    assert third == [
+        "3",
+        "learning_rate=0.03",
+        "0",
+        "of",
+        "1",
+        "90.00",
+        "%",
+        "85.00",
+        "%",
+        "1",
+        "stopped",
+        "at",
+        "rung",
+        "1",
+    ]
 
 
 def test_a_setting_counts_by_its_seeds_that_trained_longest(tmp_path):
@@ -109,17 +124,15 @@ def test_the_first_record_is_the_best_of_the_report(tmp_path):
     assert (first["best_step"], first["best_validation_accuracy"], first["best_test_accuracy"]) == (15, 0.95, 0.5)
     assert (second["optimizer.learning_rate"], second["seed"], second["status"]) == (0.01, 0, "done")
     assert {tuple(record) for record in others} == {tuple(first)}
-    with pytest.raises(RunError, match=r"config\.json: got a config that does not fit"):
-        load_run(first["workdir"])  # of these members there is no config
 
 
 def test_nothing_of_a_member_yet(tmp_path):
     workdir = write_sweep(tmp_path / "sweep", by_hand(), statuses=dict.fromkeys(by_hand(), "running"))
     (workdir / "learning_rate=0.1,seed=1" / "metrics.jsonl").unlink()
-    record = load_sweep(workdir)[-1]
-    assert (record["name"], record["validation_accuracy"]) == ("learning_rate=0.1,seed=0", 0.64)
-    (record,) = (record for record in load_sweep(workdir) if record["name"] == "learning_rate=0.1,seed=1")
-    assert {record[name] for name in ("validation_accuracy", "test_loss", "best_step", "rung")} == {None}
+    records = {record["name"]: record for record in load_sweep(workdir)}
+    assert records["learning_rate=0.1,seed=0"]["validation_accuracy"] == 0.64
+    missing = records["learning_rate=0.1,seed=1"]
+    assert {missing[name] for name in ("validation_accuracy", "test_loss", "best_step", "rung")} == {None}
 
 
 def test_no_sweep(tmp_path):

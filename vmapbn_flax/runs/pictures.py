@@ -59,7 +59,7 @@ def scale_accuracy(axes: Any) -> None:
     The accuracies 0 and 1, which few examples can give, have no logit: then the scale stays linear.
     """
     low, high = axes.dataLim.intervaly
-    if 0 < low and high < 1:
+    if low > 0 and high < 1:
         axes.set_yscale("logit")
         axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
         axes.yaxis.set_minor_locator(NullLocator())

@@ -1,6 +1,8 @@
 """The picture of a sweep."""
 
 import itertools
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vmapbn_flax.runs.pictures import PERCENT, STYLES, scale_accuracy, write_picture
 from vmapbn_flax.sweeps.results import SELECTION, Result, Setting
@@ -32,7 +34,12 @@ def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
     with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplot_mosaic(rows, width_ratios=widths)
+        for name in fields[1:]:  # all have the same heights; what is not at the left needs no numbers
+            panels[name].sharey(panels[fields[0]])
+            panels[name].tick_params(labelleft=any(name == row[0] for row in rows))
         colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(settings))))
+        for row in rows:
+            panels[row[0]].set(ylabel="validation accuracy")
         for name in fields:
             _draw_values(panels[name], name, values[name], settings, colours)
         curves = panels[_CURVES]
@@ -82,13 +89,23 @@ def _draw_values(axes: Any, name: str, values: Sequence[Any], settings: Sequence
     if not numeric:
         axes.set_xticks(range(len(values)), ["x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values])
         axes.margins(x=0.2)
-    elif values[0] > 0 and values[-1] / values[0] >= 10:
+    elif _are_even_in_logarithms(values):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if values[-1] < 1e3 * values[0] else (1,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         if len(values) <= _LABELLED:
             axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.set(xlabel=name.rpartition(".")[2].replace("_", " "), ylabel="validation accuracy")
+    axes.set(xlabel=name.rpartition(".")[2].replace("_", " "))
     axes.yaxis.set_major_formatter(PERCENT)
+
+
+def _are_even_in_logarithms(values: Sequence[float]) -> bool:
+    """Whether the median of sorted values, which differ by much, is nearer to their geometric middle."""
+    low, high, middle = values[0], values[-1], statistics.median(values)
+    if low <= 0 or high < 5 * low:
+        return False
+    return abs(math.log(middle / low) / math.log(high / low) - 0.5) < abs((middle - low) / (high - low) - 0.5)
 
 
 def _draw_curves(axes: Any, settings: Sequence[Setting], colours: Any) -> None:
@@ -108,10 +125,13 @@ def _draw_curves(axes: Any, settings: Sequence[Setting], colours: Any) -> None:
                 lines.append((np.column_stack([steps, mean]), colour))
             if -np.inf < reached <= 0:
                 ends.append((steps[-1], mean[-1], colour))
-    axes.set(xlabel="step", ylabel="validation accuracy")
+    axes.set(xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     if lines:
         paths, found = zip(*reversed(lines), strict=True)  # the best on top
-        axes.add_collection(LineCollection(paths, colors=found, linewidths=0.6, alpha=max(0.15, 30 / (30 + len(lines)))))
+        axes.add_collection(
+            LineCollection(paths, colors=found, linewidths=0.6, alpha=max(0.15, 30 / (30 + len(lines))))
+        )
     if ends:
         x, y, found = zip(*reversed(ends), strict=True)
         axes.scatter(x, y, s=12, edgecolors=found, facecolors="none", linewidths=0.8, zorder=3)

@@ -11,6 +11,7 @@ from vmapbn_flax.sweeps.importance import importances
 from vmapbn_flax.sweeps.pictures import plot_sweep
 from vmapbn_flax.sweeps.results import SELECTION, Result, Setting, read_settings
 
+
 def report(workdir: Workdir, file: console.TextFile | None = None, top: int = 20) -> Result | None:
     """Prints the ranking of the sweep in `workdir`, draws `sweep.png` there, and returns the best member.
 
