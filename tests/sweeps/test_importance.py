@@ -19,9 +19,8 @@ def settings(accuracy, fields, statuses=None):
         values = {name: column[i] for name, column in fields.items()}
         status = (statuses or {}).get(i, "done")
         rows = [{"step": 20, SELECTION: accuracy[i]}]
-        result = Result(
-            str(i), Workdir(Path(str(i))), values, status, 20, 0 if status == "stopped" else None, None, rows
-        )
+        rung = 0 if status == "stopped" else None
+        result = Result(str(i), Workdir(Path(str(i))), values, status, 20, rung, None, rows)
         found.append(Setting(str(i), values, [result]))
     return found
 

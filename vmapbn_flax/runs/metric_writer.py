@@ -33,7 +33,7 @@ class MetricWriter:
         self._events.add_histograms(percentiles, step)
 
     def write_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str], *, failed: bool = False) -> None:
-        """Fills TensorBoard's hparams tab, which shows the last of each of the scalars `metrics`, and if it `failed`."""
+        """Fills TensorBoard's hparams tab, with the last of the scalars `metrics`; the run may have `failed`."""
         self._events.add_hparams(hparams, metrics, failed=failed)
 
     def flush(self) -> None:

@@ -47,7 +47,7 @@ class EventFile(AppendFile):
         self._append(step=step, summary=Summary(value=values))
 
     def add_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str], *, failed: bool = False) -> None:
-        """Fills the hparams tab, which shows the last of each of the scalars `metrics`, and whether the run `failed`."""
+        """Fills the hparams tab, with the last of each of the scalars `metrics`; the run may have `failed`."""
         # TensorBoard has no lists, and tensorboardX leaves out values of types that it does not know.
         known = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
         experiment, start, end = summary.hparams(known, dict.fromkeys(metrics))

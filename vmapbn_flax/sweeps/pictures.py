@@ -53,7 +53,7 @@ def plot_sweep(settings: Sequence[Setting], output: Path) -> None:
 _CURVES = ""  # the panel of the curves, between those that have the names of fields
 
 
-def _layout(fields: Sequence[str]) -> tuple[list[list[str]], list[int], tuple[float, float]]:
+def _layout(fields: Sequence[str]) -> tuple[list[Any], list[int], tuple[float, float]]:
     """The names of the panels in each row, the widths of the columns, and the size of the picture in inches."""
     if len(fields) < _COLUMNS:
         return [[*fields, _CURVES]], [3] * len(fields) + [4], (7 + 3.4 * len(fields), 3.6)
