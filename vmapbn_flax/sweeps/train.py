@@ -124,7 +124,8 @@ class _Sweep:
         progress.start(number, names, programs.total_steps)
         records = []
         for name, config in zip(names, configs, strict=True):
-            records.append(Record(config, self._workdir.member(name), programs.selection, name))
+            swept = tuple(self._members[name].values)
+            records.append(Record(config, self._workdir.member(name), programs.selection, name, swept))
             records[-1].diverged = self._ledger.members[name]["status"] == "diverged"
         with self._processes.together():
             self._ledger.mark(names, "running")
