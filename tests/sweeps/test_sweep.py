@@ -468,9 +468,13 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         run.train(expand(sick)[2].config, diverged)
 
 
-def test_group_of_which_all_diverge_ends(tmp_path):
+def test_group_of_which_all_diverge_ends(tmp_path, monkeypatch):
+    written = []  # how many members had diverged, at each write of the ledger
+    write = Ledger.write
+    monkeypatch.setattr(Ledger, "write", lambda ledger: written.append(ledger.count("diverged")) or write(ledger))
     config = sweep_config({"optimizer__learning_rate": (1e38, 2e38)}, train__max_skipped_steps=2)
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
+    assert 1 not in written  # those that diverge together are written together
     assert ledger.count("diverged") == 2
     assert all(entry["step"] < STEPS for entry in ledger.members.values())
     for name, entry in ledger.members.items():  # each as far as it came
