@@ -16,8 +16,9 @@ INTRO = """\
 Wall time of whole commands, from start to exit: imports, reading the data, compiling, training, evaluating, and for
 ours checkpoints, TensorBoard files and the picture. "Empty" and "filled" are the cache of compiled programs. The
 peers' scripts train {epochs} epochs and evaluate once at the end (`python -m peers haiku {epochs}`, in
-`tests/benchmarks`); ours evaluates and saves after each. The bare start imports jax, flax, optax, orbax and clu, and compiles and runs one
-operation. The files of all of them were in the page cache. Memory is the maximum resident set size."""
+`tests/benchmarks`); ours evaluates and saves after each. The bare start imports jax, flax, optax, orbax and clu, and
+compiles and runs one operation. The files of all of them were in the page cache. Memory is the maximum resident set
+size."""
 
 ACCURACY_INTRO = """\
 Seconds from the command, its cache filled, to the first evaluation at which the test accuracy reaches so much, for
