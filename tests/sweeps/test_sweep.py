@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_renorm, sweep_width
+from configs import saved, sweep_best, sweep_halving, sweep_lr, sweep_norm, sweep_renorm, sweep_width
 from tests.helpers import small
 from tests.helpers.runs import command
 from vmapbn_flax import default_config, load_run
@@ -190,10 +190,10 @@ def test_names_of_draws():
     assert all(0.25 <= float(name.split(",")[1].split("=")[1]) <= 0.251 for name in names)
 
 
-@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best])
+@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best, sweep_halving])
 def test_configs(module):
     members = expand(module.get_config())
-    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24]}.get(module, [5, 5, 5])
+    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24], sweep_halving: [48]}.get(module, [5, 5, 5])
     assert [len(together) for together in program_groups(members)] == sizes
 
 

@@ -49,6 +49,11 @@ def expand(config: ConfigDict) -> list[Member]:
             "config.sweep: got nothing to sweep, expected at least one field, as in config.sweep.seed = (0, 1)"
         )
     validate(base)
+    if base.sweep_options.halving and "train.num_epochs" in sweep:
+        raise UsageError(
+            "config.sweep.train.num_epochs: got values of it with sweep_options.halving, expected none: after as many "
+            "epochs, members of different lengths cannot be compared. Sweep them without halving."
+        )
     base = without_distributed(base)
     labels = _labels(sweep)
     members: list[Member] = []
@@ -69,6 +74,7 @@ def expand(config: ConfigDict) -> list[Member]:
             validate(members[-1].config)
         except UsageError as error:
             raise UsageError(f"config.sweep, member {name}: {error}") from None
+        member_config.sweep_options.halving = 0  # a run alone has no rungs
     _check(members)
     return members
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import resume_changes
+from vmapbn_flax.config import restore_config, resume_changes
 from vmapbn_flax.data import Dataset, load_dataset
+from vmapbn_flax.defaults import default_config
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.runs import console
 from vmapbn_flax.runs.loading import load_config
@@ -65,12 +66,10 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
     _require_ledger(workdir, ledger, [*saved, *members])
     for name in ledger.members:
         _require_same(workdir, ledger, members[name], saved.get(name), datasets)
-    plan = []
-    for together in program_groups([member for name, member in members.items() if name not in ledger.members]):
-        most = config.sweep_options.chunk or _most_members(together, datasets)
-        dataset = datasets.load(together[0].config)
-        require_watched(together[0].config, dataset.num_classes, dataset.train.image_shape)
-        plan += [[member.name for member in part] for part in chunk(together, most)]
+    new = [member for name, member in members.items() if name not in ledger.members]
+    if ledger.members:
+        _require_same_rungs(workdir, ledger, new, config.sweep_options)
+    plan = divide(new, config.sweep_options, datasets)
     # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
     for member in members.values():
         own = workdir.member(member.name)
@@ -80,6 +79,37 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
     ledger.add(plan)
     _say_plan(workdir, ledger, members, datasets)
     return ledger
+
+
+def divide(members: Sequence[Member], options: ConfigDict, datasets: Datasets) -> list[list[str]]:
+    """The names of `members` in groups, each of which one program trains and memory holds.
+
+    Args:
+      options: the section `sweep_options` of the sweep's config.
+
+    Raises:
+      UsageError: the data cannot be used, or a layer to watch does not exist.
+    """
+    groups = []
+    for together in program_groups(members):
+        most = options.chunk or _most_members(together, datasets)
+        dataset = datasets.load(together[0].config)
+        require_watched(together[0].config, dataset.num_classes, dataset.train.image_shape)
+        groups += [[member.name for member in part] for part in chunk(together, most)]
+    return groups
+
+
+def _require_same_rungs(workdir: Workdir, ledger: Ledger, new: Sequence[Member], options: ConfigDict) -> None:
+    """Refuses other rungs than those of the sweep, and `new` members before the others are through all rungs."""
+    if workdir.config.exists():
+        saved = restore_config(default_config(), workdir.read_config(), str(workdir.config))
+        resume_changes({"sweep_options": saved.sweep_options.to_dict()}, ConfigDict({"sweep_options": options}))
+    if options.halving and new and not all(map(ledger.is_over, ledger.members)):
+        raise RunError(
+            f"{workdir}: got the new member {new[0].name} in a sweep with rungs that is not finished; expected one "
+            f"that is, for a rung ranks the members that began together. Finish the sweep with the values that it has, "
+            f"or choose another --workdir."
+        )
 
 
 def _require_ledger(workdir: Workdir, ledger: Ledger, names: Iterable[str]) -> None:
@@ -122,7 +152,7 @@ def _is_continued_alone(own: ConfigDict, ledger: Ledger, member: Member, dataset
         return False
     steps = steps_in(train.num_epochs, len(datasets.load(member.config).train) // train.batch_size)
     entry = ledger.members[member.name]
-    return entry["step"] == steps or entry["status"] == "diverged"
+    return entry["step"] == steps or entry["status"] in ("diverged", "stopped")
 
 
 def _most_members(together: Sequence[Member], datasets: Datasets) -> int:

@@ -69,7 +69,7 @@ def read_settings(workdir: Workdir) -> list[Setting]:
 
 def _read(workdir: Workdir, name: str, values: dict[str, Any], entry: dict[str, Any]) -> Result:
     rows = workdir.read_rows()
-    if entry["status"] in ("done", "diverged"):  # the member may have been continued alone since
+    if entry["status"] in ("done", "diverged", "stopped"):  # the member may have been continued alone since
         rows = [row for row in rows if row["step"] <= entry["step"]]
     return Result(name, values, entry["status"], entry["step"], rows)
 
