@@ -125,17 +125,21 @@ def _zip(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigD
 
 def _random(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
     """Distinct draws; more draws, or a further field, leave the first ones as they are."""
-    drawn = []
+    drawn = set()
     for number in range(100 * options.size):
         values = {name: _draw(name, leaf, fields[name], (options.seed, number)) for name, leaf in sweep.items()}
-        if values not in drawn:
-            drawn.append(values)
+        if (key := tuple(map(_hashable, values.values()))) not in drawn:
+            drawn.add(key)
             yield values
         if len(drawn) == options.size:
             return
     raise UsageError(
         f"config.sweep_options.size: got {options.size} draws, expected at most as many as differ, {len(drawn)} here"
     )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 _COMBINE = {"product": _product, "zip": _zip, "random": _random}

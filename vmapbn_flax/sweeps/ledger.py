@@ -86,8 +86,10 @@ class Ledger:
         if len({len(self._numbers[name]) for name in names}) != 1 or len({*names}) < len(names):
             raise ValueError(f"a group of {names}, which are not at one rung")
 
-    def mark(self, names: Iterable[str], status: str, step: int | None = None, reason: str = "") -> None:
-        """Sets the status of those of `names` that are neither over nor waiting, and writes the ledger."""
+    def mark(
+        self, names: Iterable[str], status: str, step: int | None = None, reason: str = "", *, write: bool = True
+    ) -> None:
+        """Sets the status of those of `names` that are neither over nor waiting, and writes the ledger, if `write`."""
         for name in names:
             if not (self.is_over(name) or self.is_waiting(name)):
                 entry = self.members[name]
@@ -96,7 +98,8 @@ class Ledger:
                     "step": entry["step"] if step is None else step,
                     "reason": reason,
                 }
-        self.write()
+        if write:
+            self.write()
 
     def rank(self, names: Sequence[str], kept: int, reached: str, groups: Iterable[Sequence[str]]) -> None:
         """Ends a rung, in one write of the ledger.

@@ -5,20 +5,22 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import restore_config, resume_changes
+from vmapbn_flax.config import flat, restore_config, resume_changes
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.defaults import default_config
 from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.files import in_threads
 from vmapbn_flax.runs import console
 from vmapbn_flax.runs.loading import load_config
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.sweeps.expand import Member, chunk, program_groups, read_members
+from vmapbn_flax.sweeps.expand import Member, chunk, program_groups, program_key, read_members
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.members import member_bytes
 from vmapbn_flax.training.watch import require_watched
 
+_SHOWN = 20  # groups in the table
 _MEMORY_SHARE = 0.5  # of the devices' memory, that a group may take by its estimate
 
 
@@ -71,10 +73,9 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
         _require_same_rungs(workdir, ledger, new, config.sweep_options)
     plan = divide(new, config.sweep_options, datasets)
     # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
-    for member in members.values():
-        own = workdir.member(member.name)
-        if member.name not in ledger.members or not own.config.exists():
-            own.write(own.config, member.config.to_dict())
+    owns = {name: workdir.member(name) for name in members}
+    new = [name for name, own in owns.items() if name not in ledger.members or not own.config.exists()]
+    in_threads(lambda name: owns[name].write(owns[name].config, members[name].config.to_dict()), new)
     workdir.write(workdir.config, config.to_dict())
     ledger.add(plan)
     _say_plan(workdir, ledger, members, datasets)
@@ -128,6 +129,9 @@ def _require_same(workdir: Workdir, ledger: Ledger, member: Member, saved: Membe
     own = workdir.member(member.name)
     before = [saved.config] if saved else []
     if own.config.exists():
+        fields = flat(member.config)
+        if flat(own.read_config()) == fields and (not saved or flat(saved.config) == fields):
+            return  # as in nearly every sweep; what follows takes much longer
         before.append(load_config(own))
         if _is_continued_alone(before[-1], ledger, member, datasets):
             before[-1].train.num_epochs = member.config.train.num_epochs
@@ -170,11 +174,16 @@ def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], d
     console.say(
         f"{workdir}: {len(ledger.members)} members in {groups}, a program each, on {mesh.device_name(jax.devices())}"
     )
-    rows = []
-    for number, names in enumerate(ledger.groups):
+    rows, estimates = [], {}
+    unfinished_first = sorted(enumerate(ledger.groups), key=lambda group: all(map(ledger.is_over, group[1])))
+    for number, names in unfinished_first[:_SHOWN]:
         config = members[names[0]].config
+        if (key := program_key(config)) not in estimates:
+            estimates[key] = member_bytes(config, datasets.load(config))
         devices = mesh.member_mesh(config.mesh, len(names))
-        megabytes = member_bytes(config, datasets.load(config)).of_group(len(names), devices) / 1e6
+        megabytes = estimates[key].of_group(len(names), devices) / 1e6
         over = sum(ledger.is_over(name) for name in names)
         rows.append((number, len(names), over, devices.size, f"{megabytes:.0f} MB", names[0]))
     console.table(rows, ("group", "members", "over", "devices", "memory, about", "first member"))
+    if len(ledger.groups) > _SHOWN:
+        console.say(f"and {len(ledger.groups) - _SHOWN} more groups")
