@@ -1,6 +1,7 @@
 """The plan of a sweep: which members train together, fixed in the ledger and printed before anything trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -47,8 +48,17 @@ class Datasets:
         return dataset
 
 
-def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member], datasets: Datasets) -> Ledger:
+def make_plan(
+    config: ConfigDict,
+    workdir: Workdir,
+    members: Mapping[str, Member],
+    datasets: Datasets,
+    batch: Sequence[dict[str, Any]] = (),
+) -> Ledger:
     """The ledger, with groups for new members; prints the plan.
+
+    Args:
+      batch: the values of the new members, if they were proposed.
 
     Raises:
       RunError: `workdir` is a run's, or that of a sweep with other members, or its ledger is damaged.
@@ -65,6 +75,33 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
     _require_ledger(workdir, ledger, [*saved, *members])
     for name in ledger.members:
         _require_same(workdir, ledger, members[name], saved.get(name), datasets)
+    _add_members(config, workdir, ledger, members, datasets, batch)
+    _say_plan(workdir, ledger, members, datasets)
+    return ledger
+
+
+def extend_plan(
+    config: ConfigDict,
+    workdir: Workdir,
+    ledger: Ledger,
+    members: Mapping[str, Member],
+    datasets: Datasets,
+    batch: Sequence[dict[str, Any]],
+) -> None:
+    """Adds to a `ledger` that fits the workdir those of `members` that it lacks, whose values are `batch`."""
+    first = len(ledger.groups)
+    _add_members(config, workdir, ledger, members, datasets, batch)
+    _say_plan(workdir, ledger, members, datasets, first)
+
+
+def _add_members(
+    config: ConfigDict,
+    workdir: Workdir,
+    ledger: Ledger,
+    members: Mapping[str, Member],
+    datasets: Datasets,
+    batch: Sequence[dict[str, Any]],
+) -> None:
     plan = []
     for together in program_groups([member for name, member in members.items() if name not in ledger.members]):
         most = config.sweep_options.chunk or _most_members(together, datasets)
@@ -77,9 +114,7 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
         if member.name not in ledger.members or not own.config.exists():
             own.write(own.config, member.config.to_dict())
     workdir.write(workdir.config, config.to_dict())
-    ledger.add(plan)
-    _say_plan(workdir, ledger, members, datasets)
-    return ledger
+    ledger.add(plan, batch)
 
 
 def _require_ledger(workdir: Workdir, ledger: Ledger, names: Iterable[str]) -> None:
@@ -135,13 +170,16 @@ def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
     )
 
 
-def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
+def _say_plan(
+    workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets, first: int = 0
+) -> None:
+    """Prints the groups from the number `first` on."""
     groups = f"{len(ledger.groups)} group{'s' * (len(ledger.groups) != 1)}"
     console.say(
         f"{workdir}: {len(ledger.members)} members in {groups}, a program each, on {mesh.device_name(jax.devices())}"
     )
     rows = []
-    for number, names in enumerate(ledger.groups):
+    for number, names in enumerate(ledger.groups[first:], start=first):
         config = members[names[0]].config
         devices = mesh.member_mesh(config.mesh, len(names))
         megabytes = member_bytes(config, datasets.load(config)).of_group(len(names), devices) / 1e6

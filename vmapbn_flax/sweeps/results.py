@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.sweeps.expand import read_members
+from vmapbn_flax.sweeps.expand import Member, read_members
 from vmapbn_flax.sweeps.ledger import Ledger
 
 SELECTION = "validation_accuracy"
@@ -60,18 +60,21 @@ def read_settings(workdir: Workdir) -> list[Setting]:
         )
     ledger = Ledger(workdir)
     results = [
-        _read(workdir.member(member.name), member.name, member.values, ledger.members[member.name])
-        for member in read_members(workdir)
-        if member.name in ledger.members
+        read_result(workdir, member, ledger) for member in read_members(workdir) if member.name in ledger.members
     ]
     return sorted(_by_setting(results), key=_rank)
 
 
-def _read(workdir: Workdir, name: str, values: dict[str, Any], entry: dict[str, Any]) -> Result:
-    rows = workdir.read_rows()
-    if entry["status"] in ("done", "diverged"):  # the member may have been continued alone since
+def read_result(workdir: Workdir, member: Member, ledger: Ledger) -> Result:
+    """What `member` of the sweep in `workdir` has reached.
+
+    Raises:
+      RunError: its rows are damaged.
+    """
+    entry, rows = ledger.members[member.name], workdir.member(member.name).read_rows()
+    if ledger.is_over(member.name):  # the member may have been continued alone since
         rows = [row for row in rows if row["step"] <= entry["step"]]
-    return Result(name, values, entry["status"], entry["step"], rows)
+    return Result(member.name, member.values, entry["status"], entry["step"], rows)
 
 
 def _by_setting(results: Iterable[Result]) -> list[Setting]:
