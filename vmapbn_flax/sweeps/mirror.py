@@ -12,28 +12,35 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+_PATIENCE = 5.0  # seconds to wait for another process that has the database
+
+
 def mirror(trials: Sequence["FrozenTrial"], workdir: Workdir) -> None:
     """Adds to the database what it lacks of `trials`; one that is damaged or in use is written anew.
 
-    A database that cannot be written costs a warning, and not the sweep.
+    That, or a database that cannot be written, costs a warning, and never the sweep.
     """
     path, name = workdir.proposals, workdir.path.absolute().name
-    for attempt in ("it is written anew", "the sweep goes on without it"):
+    try:
+        _add(trials, path, name)
+    except Exception as error:  # of the file system, of SQLite, or of what Optuna makes of what it reads
+        reason, outcome = " ".join(str(error).split())[:200], "It is written anew."
         try:
+            for file in path.parent.glob(f"{path.name}*"):  # with SQLite's journals
+                file.unlink()
             _add(trials, path, name)
-            return
-        except Exception as error:  # of a database, of whatever Optuna makes of its content, of the file system
-            reason = " ".join(str(error).split())[:200]
-            say(f"warning: {path}: got no database with the trials of this sweep ({reason}); {attempt}")
-            for file in path.parent.glob(f"{path.name}*"):  # SQLite's journals, too
-                file.unlink(missing_ok=True)
+        except Exception:
+            outcome = "The sweep goes on without it."
+        say(f"warning: {path}: got no database with the trials of this sweep ({reason}). {outcome}")
 
 
 def _add(trials: Sequence["FrozenTrial"], path: Path, name: str) -> None:
     import optuna
 
     with quiet():
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _PATIENCE}}
+        )
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             there = study.get_trials(deepcopy=False)

@@ -1,9 +1,9 @@
 """Proposals that learn: Optuna's TPE sampler chooses the members of a batch by what those before have reached."""
 
 import contextlib
-import importlib.util
 import itertools
 from collections.abc import Collection, Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def require_optuna() -> None:
     """Raises a UsageError if Optuna is not installed."""
-    if importlib.util.find_spec("optuna") is None:
+    if find_spec("optuna") is None:
         raise UsageError(
             "config.sweep_options.mode: got optuna, but no library of that name. Install it: "
             "pip install 'vmapbn-flax[optuna]', or sweep with --config.sweep_options.mode=random"
