@@ -32,9 +32,9 @@ class MetricWriter:
         """Fills TensorBoard's tabs of distributions and histograms; each has the percentiles 0 to 100."""
         self._events.add_histograms(percentiles, step)
 
-    def write_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
-        """Fills TensorBoard's hparams tab, which shows the last of each of the scalars `metrics`."""
-        self._events.add_hparams(hparams, metrics)
+    def write_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str], *, failed: bool = False) -> None:
+        """Fills TensorBoard's hparams tab, with the last of the scalars `metrics`; the run may have `failed`."""
+        self._events.add_hparams(hparams, metrics, failed=failed)
 
     def flush(self) -> None:
         self._log.flush()

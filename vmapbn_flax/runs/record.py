@@ -98,14 +98,19 @@ class Record:
         """The best evaluation at one of the steps `saved`, by the selection metric; None without any."""
         return best_row(self.rows, self._selection, saved)
 
+    def write_hparams(self, *, failed: bool = False) -> None:
+        """Writes TensorBoard's hparams, the same metrics for every run, evaluated or not: its tab has those of one."""
+        if self._writer:
+            splits = ("validation", "test") if self.config.data.validation_size else ("test",)
+            metrics = [f"{split}_{name}" for split in splits for name in ("accuracy", "loss")]
+            self._writer.write_hparams(flat(self.config), metrics, failed=failed)
+
     def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float], device: str) -> dict[str, Any]:
         """Writes TensorBoard's hparams and the summary; returns the summary."""
         best = self.best_row(saved)
         assert best is not None, "the last step is evaluated"
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
-        if self._writer:
-            metrics = [name for name in evaluation if not name.endswith("_count")]
-            self._writer.write_hparams(flat(self.config), metrics)
+        self.write_hparams()
         self.flush()
         summary = {
             "step": step,

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from tensorboardX import summary
+from tensorboardX.proto.api_pb2 import Status
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 from tensorboardX.record_writer import masked_crc32c
 
@@ -44,11 +46,15 @@ class EventFile(AppendFile):
                 values.append(Summary.Value(tag=tag, histo=histogram))
         self._append(step=step, summary=Summary(value=values))
 
-    def add_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
-        """Fills the hparams tab, which shows the last of each of the scalars `metrics`."""
+    def add_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str], *, failed: bool = False) -> None:
+        """Fills the hparams tab, with the last of each of the scalars `metrics`; the run may have `failed`."""
         # TensorBoard has no lists, and tensorboardX leaves out values of types that it does not know.
         known = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
-        for part in summary.hparams(known, dict.fromkeys(metrics)):
+        experiment, start, end = summary.hparams(known, dict.fromkeys(metrics))
+        if failed:  # tensorboardX ends every run in success
+            content = HParamsPluginData(session_end_info=SessionEndInfo(status=Status.Value("STATUS_FAILURE")))
+            end.value[0].metadata.plugin_data.content = content.SerializeToString()
+        for part in (experiment, start, end):
             self._append(summary=part)
 
     def _append(self, **content: object) -> None:

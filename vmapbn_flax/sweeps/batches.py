@@ -45,7 +45,7 @@ class Batches:
         self._expand(self.ledger.proposed)
         with self._processes.together() as agreement:
             if self._processes.first:
-                batch = self._propose() if all(map(self.ledger.is_over, self.members)) else []
+                batch = self._propose() if self._proposer and all(map(self.ledger.is_over, self.members)) else []
                 ledger = make_plan(self._config, self._workdir, self.members, self._datasets, batch)
                 agreement.say(ledger=ledger.content)
         self._hear(agreement.heard[0]["ledger"])

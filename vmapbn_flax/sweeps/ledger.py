@@ -8,8 +8,8 @@ from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import read_json
 from vmapbn_flax.runs.workdir import Workdir
 
-STATUSES = ("pending", "running", "done", "diverged", "failed")
-_OVER = ("done", "diverged")  # for good; a failed member is tried again
+STATUSES = ("pending", "running", "done", "diverged", "failed", "stopped")
+_OVER = ("done", "diverged", "stopped")  # for good; a failed member is tried again
 
 
 class Ledger:
@@ -81,8 +81,10 @@ class Ledger:
             self.members |= {name: {"status": "pending", "step": 0, "reason": ""} for name in names}
         self.write()
 
-    def mark(self, names: Iterable[str], status: str, step: int | None = None, reason: str = "") -> None:
-        """Sets the status of those of `names` that are not over, and writes the ledger."""
+    def mark(
+        self, names: Iterable[str], status: str, step: int | None = None, reason: str = "", *, write: bool = True
+    ) -> None:
+        """Sets the status of those of `names` that are not over, and writes the ledger, unless `write` is False."""
         for name in names:
             if not self.is_over(name):
                 entry = self.members[name]
@@ -91,7 +93,8 @@ class Ledger:
                     "step": entry["step"] if step is None else step,
                     "reason": reason,
                 }
-        self.write()
+        if write:
+            self.write()
 
     def write(self) -> None:
         self._workdir.write(self._workdir.ledger, self.content)

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import resume_changes
+from vmapbn_flax.config import flat, resume_changes
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.files import in_threads
 from vmapbn_flax.runs import console
 from vmapbn_flax.runs.loading import load_config
 from vmapbn_flax.runs.workdir import Workdir
@@ -109,10 +110,9 @@ def _add_members(
         require_watched(together[0].config, dataset.num_classes, dataset.train.image_shape)
         plan += [[member.name for member in part] for part in chunk(together, most)]
     # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
-    for member in members.values():
-        own = workdir.member(member.name)
-        if member.name not in ledger.members or not own.config.exists():
-            own.write(own.config, member.config.to_dict())
+    owns = {name: workdir.member(name) for name in members}
+    new = [name for name, own in owns.items() if name not in ledger.members or not own.config.exists()]
+    in_threads(lambda name: owns[name].write(owns[name].config, members[name].config.to_dict()), new)
     workdir.write(workdir.config, config.to_dict())
     ledger.add(plan, batch)
 
@@ -133,6 +133,9 @@ def _require_same(workdir: Workdir, ledger: Ledger, member: Member, saved: Membe
     own = workdir.member(member.name)
     before = [saved.config] if saved else []
     if own.config.exists():
+        fields = flat(member.config)
+        if flat(own.read_config()) == fields and (not saved or flat(saved.config) == fields):
+            return  # as in nearly every sweep; what follows takes much longer
         before.append(load_config(own))
         if _is_continued_alone(before[-1], ledger, member, datasets):
             before[-1].train.num_epochs = member.config.train.num_epochs

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax import signals
 from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import remove_directory
+from vmapbn_flax.files import in_threads, remove_directory
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.console import say
@@ -165,7 +165,8 @@ class _Sweep:
             for record, step in diverged:
                 most = record.config.train.max_skipped_steps
                 reason = f"{most} steps in a row not finite, up to step {step}"
-                self._ledger.mark([record.name], "diverged", step, reason)
+                self._ledger.mark([record.name], "diverged", step, reason, write=False)
+            self._ledger.write()
 
     def _finish(self, loop: Loop, records: Sequence[Record], checkpoints: Path, programs: Programs) -> None:
         """Writes each member's own checkpoints and summary, and marks it done."""
@@ -177,8 +178,7 @@ class _Sweep:
             self._save_members(records, checkpoints, steps, programs)
         with self._processes.together():
             device, seconds = mesh.device_name(programs.devices), loop.timing.seconds()
-            for record in loop.active:
-                record.finish(loop.step, steps, seconds, device)
+            in_threads(lambda record: record.finish(loop.step, steps, seconds, device), loop.active)
             self._ledger.mark([record.name for record in loop.active], "done", loop.step)
 
     def _save_members(
