@@ -95,6 +95,8 @@ def default_config(network: str = "mlp") -> ConfigDict:
     sweep_options.seed = 0  # of the draws and proposals
     sweep_options.chunk = 0  # members that train together at most; 0: as many as memory holds
     sweep_options.on_failure = "continue"  # with the other groups of members, or "stop"
+    sweep_options.halving = 0  # at each rung, one member in so many trains on, the others stop; 0: all train to the end
+    sweep_options.first_rung = 1.0  # epochs, a multiple of train.eval_every; each later rung is `halving` times as far
 
     choose_network(config, network)
     config.lock()

@@ -5,6 +5,7 @@ import argparse
 from vmapbn_flax.cli import environment
 from vmapbn_flax.config import is_sweep, validate
 from vmapbn_flax.data import bundled
+from vmapbn_flax.errors import UsageError
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
@@ -16,6 +17,11 @@ def run(arguments: argparse.Namespace, started: float) -> int:
 
         return 1 if train_sweep(config, path).count("failed") else 0
     validate(config)
+    if config.sweep_options.halving:
+        raise UsageError(
+            f"config.sweep_options.halving: got {config.sweep_options.halving} without values in config.sweep, expected "
+            f"0 for a single run. Sweep a field, or leave it out."
+        )
     if config.data.name == bundled.NAME:
         bundled.read_ahead(config.data.dir)  # during the imports below
     from vmapbn_flax.runs.train import train

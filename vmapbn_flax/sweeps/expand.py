@@ -59,6 +59,7 @@ def expand(config: ConfigDict, proposals: Sequence[Any] | None = None) -> list[M
             validate(members[-1].config)
         except UsageError as error:
             raise UsageError(f"config.sweep, member {name}: {error}") from None
+        member_config.sweep_options.halving = 0  # a run alone has no rungs
     _check(members)
     return members
 
@@ -78,6 +79,11 @@ def read_sweep(config: ConfigDict) -> tuple[ConfigDict, Space]:
             "config.sweep: got nothing to sweep, expected at least one field, as in config.sweep.seed = (0, 1)"
         )
     validate(base)
+    if base.sweep_options.halving and "train.num_epochs" in sweep:
+        raise UsageError(
+            "config.sweep.train.num_epochs: got values of it with sweep_options.halving, expected none: after as many "
+            "epochs, members of different lengths cannot be compared. Sweep them without halving."
+        )
     return without_distributed(base), read_space(sweep, flat(base), base.sweep_options.mode)
 
 

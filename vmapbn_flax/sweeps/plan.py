@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vmapbn_flax.config import flat, resume_changes
+from vmapbn_flax.config import flat, restore_config, resume_changes
 from vmapbn_flax.data import Dataset, load_dataset
+from vmapbn_flax.defaults import default_config
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import in_threads
 from vmapbn_flax.runs import console
@@ -76,6 +77,9 @@ def make_plan(
     _require_ledger(workdir, ledger, [*saved, *members])
     for name in ledger.members:
         _require_same(workdir, ledger, members[name], saved.get(name), datasets)
+    if ledger.members:
+        new = [name for name in members if name not in ledger.members]
+        _require_same_rungs(workdir, ledger, new, config.sweep_options)
     _add_members(config, workdir, ledger, members, datasets, batch)
     _say_plan(workdir, ledger, members, datasets)
     return ledger
@@ -103,18 +107,45 @@ def _add_members(
     datasets: Datasets,
     batch: Sequence[dict[str, Any]],
 ) -> None:
-    plan = []
-    for together in program_groups([member for name, member in members.items() if name not in ledger.members]):
-        most = config.sweep_options.chunk or _most_members(together, datasets)
-        dataset = datasets.load(together[0].config)
-        require_watched(together[0].config, dataset.num_classes, dataset.train.image_shape)
-        plan += [[member.name for member in part] for part in chunk(together, most)]
+    new = [name for name in members if name not in ledger.members]
+    plan = divide([members[name] for name in new], config.sweep_options, datasets)
     # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
     owns = {name: workdir.member(name) for name in members}
-    new = [name for name, own in owns.items() if name not in ledger.members or not own.config.exists()]
-    in_threads(lambda name: owns[name].write(owns[name].config, members[name].config.to_dict()), new)
+    to_write = [name for name, own in owns.items() if name not in ledger.members or not own.config.exists()]
+    in_threads(lambda name: owns[name].write(owns[name].config, members[name].config.to_dict()), to_write)
     workdir.write(workdir.config, config.to_dict())
     ledger.add(plan, batch)
+
+
+def divide(members: Sequence[Member], options: ConfigDict, datasets: Datasets) -> list[list[str]]:
+    """The names of `members` in groups, each of which one program trains and memory holds.
+
+    Args:
+      options: the section `sweep_options` of the sweep's config.
+
+    Raises:
+      UsageError: the data cannot be used, or a layer to watch does not exist.
+    """
+    groups = []
+    for together in program_groups(members):
+        most = options.chunk or _most_members(together, datasets)
+        dataset = datasets.load(together[0].config)
+        require_watched(together[0].config, dataset.num_classes, dataset.train.image_shape)
+        groups += [[member.name for member in part] for part in chunk(together, most)]
+    return groups
+
+
+def _require_same_rungs(workdir: Workdir, ledger: Ledger, new: Sequence[str], options: ConfigDict) -> None:
+    """Refuses other rungs than those of the sweep, and `new` members before the others are through all rungs."""
+    if workdir.config.exists():
+        saved = restore_config(default_config(), workdir.read_config(), str(workdir.config))
+        resume_changes({"sweep_options": saved.sweep_options.to_dict()}, ConfigDict({"sweep_options": options}))
+    if options.halving and new and not all(map(ledger.is_over, ledger.members)):
+        raise RunError(
+            f"{workdir}: got the new member {new[0]} in a sweep with rungs whose members are not all over; expected "
+            f"none before that, for a rung ranks the members that were there from its start. Finish the sweep with the "
+            f"values that it has, or choose another --workdir."
+        )
 
 
 def _require_ledger(workdir: Workdir, ledger: Ledger, names: Iterable[str]) -> None:
@@ -160,7 +191,7 @@ def _is_continued_alone(own: ConfigDict, ledger: Ledger, member: Member, dataset
         return False
     steps = steps_in(train.num_epochs, len(datasets.load(member.config).train) // train.batch_size)
     entry = ledger.members[member.name]
-    return entry["step"] == steps or entry["status"] == "diverged"
+    return entry["step"] == steps or entry["status"] in ("diverged", "stopped")
 
 
 def _most_members(together: Sequence[Member], datasets: Datasets) -> int:

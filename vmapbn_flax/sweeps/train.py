@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.files import in_threads, remove_directory
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore, saved_steps
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
@@ -22,9 +22,10 @@ from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.batches import Batches
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
-from vmapbn_flax.sweeps.plan import Datasets
+from vmapbn_flax.sweeps.plan import Datasets, divide
 from vmapbn_flax.sweeps.progress import SweepProgress
 from vmapbn_flax.sweeps.proposals import require_optuna
+from vmapbn_flax.sweeps.rungs import rank, rung_epochs, rung_step
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
 
@@ -87,16 +88,17 @@ class _Sweep:
         self._compiled_for: tuple[int, str] | None = None
 
     def train(self) -> None:
-        """Trains every group with members that are not over."""
+        """Trains every member that is not over to its end, or to the rung that stops it."""
         # Failures that can strike one group and spare the next: a full disk, a damaged checkpoint, out of memory. With
         # many processes only an error that all of them raise, or the others would wait.
         alone = self._processes.count == 1
         failures = (RunError, MemoryError, jax.errors.JaxRuntimeError) if alone else SharedError
         step = 0
         with SweepProgress(self._ledger, shown=self._processes.first) as progress:
-            for number, names in enumerate(self._ledger.groups):
-                # Where members are over but this is still there, they do not all have checkpoints of their own.
-                if all(map(self._ledger.is_over, names)) and not self._workdir.group_checkpoints(number).exists():
+            for number in self._numbers():
+                names = self._ledger.groups[number]
+                # Where members are trained but this is still there, they do not all have checkpoints of their own.
+                if self._ledger.is_trained(number) and not self._workdir.group_checkpoints(number).exists():
                     self._remove_group(number)
                     continue
                 with self._processes.together() as agreement:
@@ -116,6 +118,33 @@ class _Sweep:
                     continue
                 self._remove_group(number)
 
+    def _numbers(self) -> Iterator[int]:
+        """The numbers of the groups, those that are added at rungs included."""
+        number = 0
+        while number < len(self._ledger.groups) or self._rank():
+            yield number
+            number += 1
+
+    def _rank(self) -> bool:
+        """Ranks the members that wait at a rung, if all of its members do; returns whether any of them train on."""
+        ledger = self._ledger
+        waiting = {name: ledger.members[name]["step"] for name in self._members if ledger.is_waiting(name)}
+        if not waiting or ledger.count("failed"):
+            return False
+        with self._processes.together() as agreement:
+            if self._processes.first:
+                ranked = rank(self._workdir, waiting)
+                kept = max(1, len(ranked) // self._options.halving)
+                rung = ledger.rung(ranked[0])
+                epochs = rung_epochs(self._options, rung)
+                reached = f"rung {rung}, after {epochs:g} epoch{'s' * (epochs != 1)}"
+                members = [self._members[name] for name in waiting if name in ranked[:kept]]
+                ledger.rank(ranked, kept, reached, divide(members, self._options, self._datasets))
+                say(f"{reached}: {kept} of {len(ranked)} members train on")
+                agreement.say(ledger=ledger.content)
+        ledger.update(agreement.heard[0]["ledger"])
+        return True
+
     def _remove_group(self, number: int) -> None:
         """Removes the group's checkpoints, or what a kill left of that."""
         if self._processes.first:
@@ -132,7 +161,9 @@ class _Sweep:
         with self._processes.together():
             self._ledger.mark(names, "running")
         checkpoints = self._workdir.group_checkpoints(number)
-        loop = Loop(records, checkpoints, programs, configs[0].train, self._processes, started)
+        rung = self._ledger.rung(names[0])
+        end = rung_step(self._options, rung, configs[0].train, programs)
+        loop = Loop(records, checkpoints, programs, configs[0].train, self._processes, started, own=rung > 0, end=end)
         with contextlib.closing(loop):
             loop.run(
                 self._received,
@@ -169,7 +200,7 @@ class _Sweep:
             self._ledger.write()
 
     def _finish(self, loop: Loop, records: Sequence[Record], checkpoints: Path, programs: Programs) -> None:
-        """Writes each member's own checkpoints and summary, and marks it done."""
+        """Writes each member's own checkpoints, and marks it: at the end done, with a summary, at a rung waiting."""
         steps = loop.saved_steps()
         with self._processes.together() as agreement:  # process 0 may still have removed some
             agreement.say(steps=steps)
@@ -178,32 +209,40 @@ class _Sweep:
             self._save_members(records, checkpoints, steps, programs)
         with self._processes.together():
             device, seconds = mesh.device_name(programs.devices), loop.timing.seconds()
-            in_threads(lambda record: record.finish(loop.step, steps, seconds, device), loop.active)
-            self._ledger.mark([record.name for record in loop.active], "done", loop.step)
+            done = loop.step == programs.total_steps
+
+            def finish(record: Record) -> None:
+                record.finish(loop.step, [*steps, *saved_steps(record.workdir.checkpoints)], seconds, device)
+
+            in_threads(finish, loop.active if done else ())
+            self._ledger.mark([record.name for record in loop.active], "done" if done else "waiting", loop.step)
 
     def _save_members(
         self, records: Sequence[Record], checkpoints: Path, steps: Sequence[int], programs: Programs
     ) -> None:
         """Saves the best and the last checkpoint of each member on this process's devices, taken from the group's.
 
-        They are those of a run alone: the member can be evaluated, refreshed and continued.
+        They are those of a run alone: the member can be evaluated, refreshed and continued. Those of the rung before
+        are removed, but for the best.
         """
         members: dict[int, set[int]] = {}  # whose checkpoint is to be taken from the group's, by its step
+        best_steps: dict[int, int] = {}
         for i, owner in enumerate(programs.owners()):
             if owner == self._processes.index:
-                best = records[i].best_row(steps)
-                for step in {steps[-1], best["step"] if best else steps[-1]}:
+                best = records[i].best_row([*steps, *saved_steps(records[i].workdir.checkpoints)])
+                best_steps[i] = best["step"] if best else steps[-1]
+                for step in {steps[-1], best_steps[i]}:
                     members.setdefault(step, set()).add(i)
-        for step in sorted(members):
+        for step in sorted(members.keys() & {*steps}):
             state, meta = restore(checkpoints, step, programs.template())
             own, numbers = programs.split(state), sorted(members[step])
             for first in range(0, len(numbers), _SAVES_AT_ONCE):
                 with contextlib.ExitStack() as stack:  # its end waits for the saves
                     for i in numbers[first : first + _SAVES_AT_ONCE]:
-                        saved = Checkpoints(records[i].workdir.checkpoints, alone=True)
+                        saved = Checkpoints(records[i].workdir.checkpoints, alone=True, latest=1)
                         stack.callback(saved.close)
                         described = {"data": programs.described, "runs": [{**meta["runs"][i], "name": ""}]}
-                        saved.save(int(own[i].step), own[i], described)
+                        saved.save(int(own[i].step), own[i], described, [best_steps[i]])
 
 
 def _kind(error: Exception) -> str:
