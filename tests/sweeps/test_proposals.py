@@ -6,12 +6,11 @@ import sqlite3
 import statistics
 import sys
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
 from tests.helpers import small
-from tests.helpers.runs import command
+from tests.helpers.runs import command, mirrored
 from tests.sweeps.test_sweep import ledger_of, sweep_config
 from vmapbn_flax import default_config
 from vmapbn_flax.errors import RunError, UsageError
@@ -109,6 +108,10 @@ def values_of(workdir):
 
 def names_of(workdir):
     return [member.name for member in read_members(Workdir(workdir))]
+
+
+def trials_in(workdir):
+    return [name for name, *_ in mirrored(workdir)]
 
 
 # What is proposed.
@@ -351,14 +354,6 @@ def test_trials(trainer, no_mirror, tmp_path):
 
 
 # The copy for the dashboard.
-
-
-def trials_in(workdir):
-    storage = optuna.storages.RDBStorage(f"sqlite:///{workdir}/optuna.db")
-    (study,) = optuna.get_all_study_summaries(storage)
-    found = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
-    storage.engine.dispose()
-    return [trial.user_attrs["member"] for trial in found]
 
 
 def test_mirror(trainer, tmp_path, capsys):
