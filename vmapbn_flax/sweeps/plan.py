@@ -93,7 +93,12 @@ def extend_plan(
     datasets: Datasets,
     batch: Sequence[dict[str, Any]],
 ) -> None:
-    """Adds to a `ledger` that fits the workdir those of `members` that it lacks, whose values are `batch`."""
+    """Adds to a `ledger` that fits the workdir those of `members` that it lacks, whose values are `batch`.
+
+    Raises:
+      RunError: one of them has trained, though the ledger lacks it.
+    """
+    _require_ledger(workdir, ledger, members)
     first = len(ledger.groups)
     _add_members(config, workdir, ledger, members, datasets, batch)
     _say_plan(workdir, ledger, members, datasets, first)
