@@ -141,6 +141,10 @@ INVALID = [
     ("sweep_options.seed", -1),
     ("sweep_options.chunk", -1),
     ("sweep_options.on_failure", "retry"),
+    ("sweep_options.halving", 1),
+    ("sweep_options.halving", -3),
+    ("sweep_options.first_rung", 0.0),
+    ("sweep_options.first_rung", INF),
 ]
 
 

@@ -190,8 +190,8 @@ FIELDS = {
         "0 for no rungs, or a factor of 2 or more", lambda value, config: value == 0 or 2 <= value < 2**31
     ),
     "sweep_options.first_rung": Field(
-        "a number of epochs above 0, with sweep_options.halving a multiple of train.eval_every={train.eval_every} below "
-        "train.num_epochs={train.num_epochs}",
+        "a positive number of epochs; with sweep_options.halving a multiple of train.eval_every={train.eval_every} "
+        "that is below train.num_epochs={train.num_epochs}",
         _is_rung,
     ),
 }

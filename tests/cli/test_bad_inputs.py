@@ -89,6 +89,8 @@ OUT_OF_RANGE = {
     "sweep_options.seed": ["-1", "1" + "0" * 30],
     "sweep_options.chunk": ["-1", "1" + "0" * 30],
     "sweep_options.on_failure": ["", "retry"],
+    "sweep_options.halving": ["1", "-3", "1" + "0" * 30],
+    "sweep_options.first_rung": ["0", "nan", "inf"],
 }
 FLAGS = [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
 FLAGS += [(name, value) for name, default in DEFAULTS.items() for value in OF_NO_TYPE[type(default)]]

@@ -19,8 +19,8 @@ def run(arguments: argparse.Namespace, started: float) -> int:
     validate(config)
     if config.sweep_options.halving:
         raise UsageError(
-            f"config.sweep_options.halving: got {config.sweep_options.halving} without values in config.sweep, expected "
-            f"0 for a single run. Sweep a field, or leave it out."
+            f"config.sweep_options.halving: got {config.sweep_options.halving} without values in config.sweep, "
+            f"expected 0 for a single run. Sweep a field, or leave it out."
         )
     if config.data.name == bundled.NAME:
         bundled.read_ahead(config.data.dir)  # during the imports below

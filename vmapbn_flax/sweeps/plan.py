@@ -147,9 +147,9 @@ def _require_same_rungs(workdir: Workdir, ledger: Ledger, new: Sequence[str], op
         resume_changes({"sweep_options": saved.sweep_options.to_dict()}, ConfigDict({"sweep_options": options}))
     if options.halving and new and not all(map(ledger.is_over, ledger.members)):
         raise RunError(
-            f"{workdir}: got the new member {new[0]} in a sweep with rungs whose members are not all over; expected "
-            f"none before that, for a rung ranks the members that were there from its start. Finish the sweep with the "
-            f"values that it has, or choose another --workdir."
+            f"{workdir}: got the new member {new[0]} in a sweep with rungs that is not finished; expected one "
+            f"that is, for a rung ranks the members that began together. Finish the sweep with the values that it has, "
+            f"or choose another --workdir."
         )
 
 

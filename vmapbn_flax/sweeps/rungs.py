@@ -1,7 +1,7 @@
-"""Successive halving (Jamieson & Talwalkar 2016): the rungs, where the worst members of a sweep are stopped.
+"""Successive halving (Jamieson & Talwalkar 2016): the rungs at which the worst members of a sweep are stopped.
 
-The rung r is after `first_rung * halving**r` epochs. Of n members that reach it, n / halving train on, rounded down, but
-at least one.
+Rung r is after `first_rung * halving**r` epochs. Of n members that reach it, n / halving train on, rounded down, but at
+least one.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def _accuracy(workdir: Workdir, step: int) -> float:
     found = [row[SELECTION] for row in workdir.read_rows() if row["step"] == step and SELECTION in row]
     if not found:
         raise RunError(
-            f"{workdir.metrics}: got no {SELECTION} at step {step}, expected that of the rung. Put the file back from a "
-            f"copy, or choose another --workdir."
+            f"{workdir.metrics}: got no {SELECTION} at step {step}, expected that of the rung. Put the file back from "
+            f"a copy, or choose another --workdir."
         )
     return -1.0 if found[-1] is None else found[-1]

@@ -126,19 +126,23 @@ class _Sweep:
             number += 1
 
     def _rank(self) -> bool:
-        """Ranks the members that wait at a rung, if all of its members do; returns whether any of them train on."""
+        """Ranks the members that wait at a rung, unless others have failed before it; returns whether it did."""
         ledger = self._ledger
         waiting = {name: ledger.members[name]["step"] for name in self._members if ledger.is_waiting(name)}
-        if not waiting or ledger.count("failed"):
+        if not waiting:
+            return False
+        if failed := ledger.count("failed"):
+            if self._processes.first:
+                say(f"warning: {len(waiting)} members wait at their rung for {failed} that failed; run again")
             return False
         with self._processes.together() as agreement:
             if self._processes.first:
                 ranked = rank(self._workdir, waiting)
                 kept = max(1, len(ranked) // self._options.halving)
-                rung = ledger.rung(ranked[0])
+                rung, best = ledger.rung(ranked[0]), {*ranked[:kept]}
                 epochs = rung_epochs(self._options, rung)
                 reached = f"rung {rung}, after {epochs:g} epoch{'s' * (epochs != 1)}"
-                members = [self._members[name] for name in waiting if name in ranked[:kept]]
+                members = [self._members[name] for name in waiting if name in best]
                 ledger.rank(ranked, kept, reached, divide(members, self._options, self._datasets))
                 say(f"{reached}: {kept} of {len(ranked)} members train on")
                 agreement.say(ledger=ledger.content)
