@@ -231,5 +231,5 @@ def _say_plan(
         over = sum(ledger.is_over(name) for name in names)
         rows.append((number, len(names), over, devices.size, f"{megabytes:.0f} MB", names[0]))
     console.table(rows, ("group", "members", "over", "devices", "memory, about", "first member"))
-    if len(ledger.groups) > _SHOWN:
-        console.say(f"and {len(ledger.groups) - _SHOWN} more groups")
+    if len(unfinished_first) > _SHOWN:
+        console.say(f"and {len(unfinished_first) - _SHOWN} more groups")
