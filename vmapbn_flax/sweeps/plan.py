@@ -1,6 +1,7 @@
 """The plan of a sweep: which members train together, fixed in the ledger and printed before anything trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -50,8 +51,17 @@ class Datasets:
         return dataset
 
 
-def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member], datasets: Datasets) -> Ledger:
+def make_plan(
+    config: ConfigDict,
+    workdir: Workdir,
+    members: Mapping[str, Member],
+    datasets: Datasets,
+    batch: Sequence[dict[str, Any]] = (),
+) -> Ledger:
     """The ledger, with groups for new members; prints the plan.
+
+    Args:
+      batch: the values of the new members, if they were proposed.
 
     Raises:
       RunError: `workdir` is a run's, or that of a sweep with other members, or its ledger is damaged.
@@ -68,18 +78,49 @@ def make_plan(config: ConfigDict, workdir: Workdir, members: Mapping[str, Member
     _require_ledger(workdir, ledger, [*saved, *members])
     for name in ledger.members:
         _require_same(workdir, ledger, members[name], saved.get(name), datasets)
-    new = [member for name, member in members.items() if name not in ledger.members]
     if ledger.members:
+        new = [name for name in members if name not in ledger.members]
         _require_same_rungs(workdir, ledger, new, config.sweep_options)
-    plan = divide(new, config.sweep_options, datasets)
-    # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
-    owns = {name: workdir.member(name) for name in members}
-    new = [name for name, own in owns.items() if name not in ledger.members or not own.config.exists()]
-    in_threads(lambda name: owns[name].write(owns[name].config, members[name].config.to_dict()), new)
-    workdir.write(workdir.config, config.to_dict())
-    ledger.add(plan)
+    _add_members(config, workdir, ledger, members, datasets, batch)
     _say_plan(workdir, ledger, members, datasets)
     return ledger
+
+
+def extend_plan(
+    config: ConfigDict,
+    workdir: Workdir,
+    ledger: Ledger,
+    members: Mapping[str, Member],
+    datasets: Datasets,
+    batch: Sequence[dict[str, Any]],
+) -> None:
+    """Adds to a `ledger` that fits the workdir those of `members` that it lacks, whose values are `batch`.
+
+    Raises:
+      RunError: one of them has trained, though the ledger lacks it.
+    """
+    _require_ledger(workdir, ledger, members)
+    first = len(ledger.groups)
+    _add_members(config, workdir, ledger, members, datasets, batch)
+    _say_plan(workdir, ledger, members, datasets, first)
+
+
+def _add_members(
+    config: ConfigDict,
+    workdir: Workdir,
+    ledger: Ledger,
+    members: Mapping[str, Member],
+    datasets: Datasets,
+    batch: Sequence[dict[str, Any]],
+) -> None:
+    new = [name for name in members if name not in ledger.members]
+    plan = divide([members[name] for name in new], config.sweep_options, datasets)
+    # The ledger last: wherever this ends early, its members are in the config and have configs of their own.
+    owns = {name: workdir.member(name) for name in members}
+    to_write = [name for name, own in owns.items() if name not in ledger.members or not own.config.exists()]
+    in_threads(lambda name: owns[name].write(owns[name].config, members[name].config.to_dict()), to_write)
+    workdir.write(workdir.config, config.to_dict())
+    ledger.add(plan, batch)
 
 
 def divide(members: Sequence[Member], options: ConfigDict, datasets: Datasets) -> list[list[str]]:
@@ -100,14 +141,14 @@ def divide(members: Sequence[Member], options: ConfigDict, datasets: Datasets) -
     return groups
 
 
-def _require_same_rungs(workdir: Workdir, ledger: Ledger, new: Sequence[Member], options: ConfigDict) -> None:
+def _require_same_rungs(workdir: Workdir, ledger: Ledger, new: Sequence[str], options: ConfigDict) -> None:
     """Refuses other rungs than those of the sweep, and `new` members before the others are through all rungs."""
     if workdir.config.exists():
         saved = restore_config(default_config(), workdir.read_config(), str(workdir.config))
         resume_changes({"sweep_options": saved.sweep_options.to_dict()}, ConfigDict({"sweep_options": options}))
     if options.halving and new and not all(map(ledger.is_over, ledger.members)):
         raise RunError(
-            f"{workdir}: got the new member {new[0].name} in a sweep with rungs that is not finished; expected one "
+            f"{workdir}: got the new member {new[0]} in a sweep with rungs that is not finished; expected one "
             f"that is, for a rung ranks the members that began together. Finish the sweep with the values that it has, "
             f"or choose another --workdir."
         )
@@ -169,13 +210,18 @@ def _most_members(together: Sequence[Member], datasets: Datasets) -> int:
     )
 
 
-def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets) -> None:
+def _say_plan(
+    workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], datasets: Datasets, first: int = 0
+) -> None:
+    """Prints the groups from the number `first` on."""
     groups = f"{len(ledger.groups)} group{'s' * (len(ledger.groups) != 1)}"
     console.say(
         f"{workdir}: {len(ledger.members)} members in {groups}, a program each, on {mesh.device_name(jax.devices())}"
     )
     rows, estimates = [], {}
-    unfinished_first = sorted(enumerate(ledger.groups), key=lambda group: all(map(ledger.is_over, group[1])))
+    unfinished_first = sorted(
+        enumerate(ledger.groups[first:], start=first), key=lambda group: all(map(ledger.is_over, group[1]))
+    )
     for number, names in unfinished_first[:_SHOWN]:
         config = members[names[0]].config
         if (key := program_key(config)) not in estimates:
@@ -185,5 +231,5 @@ def _say_plan(workdir: Workdir, ledger: Ledger, members: Mapping[str, Member], d
         over = sum(ledger.is_over(name) for name in names)
         rows.append((number, len(names), over, devices.size, f"{megabytes:.0f} MB", names[0]))
     console.table(rows, ("group", "members", "over", "devices", "memory, about", "first member"))
-    if len(ledger.groups) > _SHOWN:
-        console.say(f"and {len(ledger.groups) - _SHOWN} more groups")
+    if len(unfinished_first) > _SHOWN:
+        console.say(f"and {len(unfinished_first) - _SHOWN} more groups")

@@ -84,7 +84,9 @@ def read_settings(workdir: Workdir) -> list[Setting]:
             f"{workdir}: got no {workdir.ledger.name}, expected the workdir of a sweep, such as runs/sweep_lr"
         )
     ledger = Ledger(workdir)
-    results = [_read(workdir, member, ledger) for member in read_members(workdir) if member.name in ledger.members]
+    results = [
+        read_result(workdir, member, ledger) for member in read_members(workdir) if member.name in ledger.members
+    ]
     return sorted(_by_setting(results), key=_rank)
 
 
@@ -136,7 +138,12 @@ def _last(rows: list[dict[str, Any]], name: str) -> float | None:
     return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
 
-def _read(sweep: Workdir, member: Member, ledger: Ledger) -> Result:
+def read_result(sweep: Workdir, member: Member, ledger: Ledger) -> Result:
+    """What `member` of a sweep has reached.
+
+    Raises:
+      RunError: its rows are damaged.
+    """
     workdir, entry = sweep.member(member.name), ledger.members[member.name]
     rows = [row for row in workdir.read_rows() if SELECTION in row]
     if ledger.is_over(member.name):  # the member may have been continued alone since

@@ -19,10 +19,12 @@ from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.train import facts, held
 from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps.batches import Batches
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
-from vmapbn_flax.sweeps.plan import Datasets, divide, make_plan
+from vmapbn_flax.sweeps.plan import Datasets, divide
 from vmapbn_flax.sweeps.progress import SweepProgress
+from vmapbn_flax.sweeps.proposals import require_optuna
 from vmapbn_flax.sweeps.results import SELECTION
 from vmapbn_flax.sweeps.rungs import rank, rung_epochs, rung_step
 from vmapbn_flax.training import mesh
@@ -44,6 +46,8 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     members = {member.name: member for member in expand(config)}
+    if config.sweep_options.mode == "optuna":
+        require_optuna()
     mesh.divide_cpu(config.mesh, sweep=True, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
@@ -51,20 +55,19 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
         for member in members.values():
             validate_sizes(member.config, len(datasets.load(member.config).train))
         with held(workdir, processes):
-            ledger = Ledger(workdir)
-            with processes.together() as agreement:
-                if processes.first:
-                    ledger = make_plan(config, workdir, members, datasets)
-                    agreement.say(ledger=ledger.content)
-            ledger.update(agreement.heard[0]["ledger"])
+            batches = Batches(config, workdir, members, datasets, processes)
+            batches.start()
             with signals.deferred() as received:
-                _Sweep(config, workdir, ledger, members, datasets, processes, received).train()
+                sweep = _Sweep(config, workdir, batches.ledger, batches.members, datasets, processes, received)
+                sweep.train()
+                while batches.extend():
+                    sweep.train()
             if processes.first:
                 # Not before: it imports matplotlib, which training imports while the devices work.
                 from vmapbn_flax.sweeps.report import report
 
                 report(workdir)
-        return ledger
+        return batches.ledger
 
 
 class _Sweep:
