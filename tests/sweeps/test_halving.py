@@ -333,6 +333,7 @@ A, B = ({"status": "pending", "step": 0, "reason": ""} for _ in "AB")
         ({"a": A}, [["a"], []]),
         ({"a": A | {"status": "stopped"}}, [["a"]]),
         ({"a": A | {"status": "stopped", "rung": 0, "rank": "1"}}, [["a"]]),
+        ({"a": A | {"status": "stopped", "rung": 10**400, "rank": 1}}, [["a"]]),
     ],
 )
 def test_damaged_ledger(members, groups, tmp_path):

@@ -29,8 +29,11 @@ def write_sweep(workdir, accuracies, swept=None, statuses=None, stopped=None, **
         lines = [{"step": step, SELECTION: validation * step / 20, "test_accuracy": test} for step in (10, 20)]
         (workdir / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         ledger.mark([name], "stopped" if name in (stopped or {}) else (statuses or {}).get(name, "done"), 20)
-    for name, (rung, rank) in (stopped or {}).items():
+    stopped = stopped or {}
+    for name, (rung, rank) in stopped.items():
         ledger.members[name] |= {"rung": rung, "rank": rank}
+    for passed in range(1 + max((rung for rung, _ in stopped.values()), default=-1)):
+        ledger.groups.append([name for name in accuracies if name not in stopped or stopped[name][0] > passed])
     ledger.write()
     return workdir
 

@@ -38,7 +38,7 @@ def importances(settings: Sequence[Setting]) -> list[Importance]:
     members = [m for setting in settings for m in setting.members if m.reached >= 0 or m.status == "diverged"]
     if len(members) < FEWEST:
         return []
-    ranks = _ranks(np.array([member.order for member in members]))
+    ranks = _ranks(np.array([member.order for member in members], float))
     found = []
     for field in members[0].values:
         values = [member.values[field] for member in members]
@@ -50,7 +50,7 @@ def importances(settings: Sequence[Setting]) -> list[Importance]:
         shuffled = [_share(rng.permutation(ranks), groups) for _ in range(_SHUFFLES)]
         correlation = None
         if _are_numbers(values):
-            correlation = float(np.corrcoef(_ranks(np.array(values)[:, None]), ranks)[0, 1])
+            correlation = float(np.corrcoef(_ranks(np.array(values, float)[:, None]), ranks)[0, 1])
         found.append(Importance(field, correlation, _share(ranks, groups), float(np.quantile(shuffled, 0.95))))
     return sorted(found, key=lambda importance: importance.share, reverse=True)
 

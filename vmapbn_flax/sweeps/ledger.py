@@ -54,6 +54,7 @@ class Ledger:
                     or type(entry["step"]) is not int
                     or type(entry["reason"]) is not str
                     or (entry["status"] == "stopped" and not type(entry["rung"]) is type(entry["rank"]) is int)
+                    or (entry["status"] == "stopped" and entry["rung"] not in range(len(self.groups)))
                 ):
                     raise ValueError(f"a member with {entry}")
             self._numbers = {name: [] for name in self.members}

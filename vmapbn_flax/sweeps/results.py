@@ -148,7 +148,7 @@ def read_result(sweep: Workdir, member: Member, ledger: Ledger) -> Result:
     rows = [row for row in workdir.read_rows() if SELECTION in row]
     if ledger.is_over(member.name):  # the member may have been continued alone since
         rows = [row for row in rows if row["step"] <= entry["step"]]
-    rung, rank = entry.get("rung"), entry.get("rank")
+    rung, rank = (entry["rung"], entry["rank"]) if entry["status"] == "stopped" else (None, None)
     return Result(member.name, workdir, member.values, entry["status"], entry["step"], rung, rank, rows)
 
 
