@@ -63,6 +63,7 @@ LISTED = [
     "python tests/benchmarks/folding.py",
     "taskset -c 0 python tests/benchmarks/batch_norm.py",
     "python tests/benchmarks/scaling.py",
+    "python tests/benchmarks/sweeps.py",
     "python tests/benchmarks/smoothness.py",
 ]
 
