@@ -95,10 +95,10 @@ def remove_directory(path: Path) -> None:
 def in_threads(function: Callable[[Any], object], items: Iterable[Any]) -> None:
     """Calls `function`, which waits for the disk, with each of `items`, eight at a time.
 
-    A file system brings many files to the disk together, in the time of one. Returns when all calls are over.
+    A file system brings many files to the disk together, in the time of one. Returns when no call goes on.
 
     Raises:
-      Exception: what the first call that failed raised.
+      Exception: what the first call that failed raised; some of the others are then left out.
     """
     with ThreadPoolExecutor(8) as threads:
         for _ in threads.map(function, items):

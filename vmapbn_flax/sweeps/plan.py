@@ -14,13 +14,14 @@ from vmapbn_flax.files import in_threads
 from vmapbn_flax.runs import console
 from vmapbn_flax.runs.loading import load_config
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.sweeps.expand import Member, chunk, program_groups, read_members
+from vmapbn_flax.sweeps.expand import Member, chunk, program_groups, program_key, read_members
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.members import member_bytes
 from vmapbn_flax.training.watch import require_watched
 
+_SHOWN = 20  # groups in the table
 _MEMORY_SHARE = 0.5  # of the devices' memory, that a group may take by its estimate
 
 
@@ -217,11 +218,18 @@ def _say_plan(
     console.say(
         f"{workdir}: {len(ledger.members)} members in {groups}, a program each, on {mesh.device_name(jax.devices())}"
     )
-    rows = []
-    for number, names in enumerate(ledger.groups[first:], start=first):
+    rows, estimates = [], {}
+    unfinished_first = sorted(
+        enumerate(ledger.groups[first:], start=first), key=lambda group: all(map(ledger.is_over, group[1]))
+    )
+    for number, names in unfinished_first[:_SHOWN]:
         config = members[names[0]].config
+        if (key := program_key(config)) not in estimates:
+            estimates[key] = member_bytes(config, datasets.load(config))
         devices = mesh.member_mesh(config.mesh, len(names))
-        megabytes = member_bytes(config, datasets.load(config)).of_group(len(names), devices) / 1e6
+        megabytes = estimates[key].of_group(len(names), devices) / 1e6
         over = sum(ledger.is_over(name) for name in names)
         rows.append((number, len(names), over, devices.size, f"{megabytes:.0f} MB", names[0]))
     console.table(rows, ("group", "members", "over", "devices", "memory, about", "first member"))
+    if len(unfinished_first) > _SHOWN:
+        console.say(f"and {len(unfinished_first) - _SHOWN} more groups")

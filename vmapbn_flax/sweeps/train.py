@@ -25,6 +25,7 @@ from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.plan import Datasets, divide
 from vmapbn_flax.sweeps.progress import SweepProgress
 from vmapbn_flax.sweeps.proposals import require_optuna
+from vmapbn_flax.sweeps.results import SELECTION
 from vmapbn_flax.sweeps.rungs import rank, rung_epochs, rung_step
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
@@ -143,6 +144,7 @@ class _Sweep:
                 epochs = rung_epochs(self._options, rung)
                 reached = f"rung {rung}, after {epochs:g} epoch{'s' * (epochs != 1)}"
                 members = [self._members[name] for name in waiting if name in best]
+                in_threads(lambda name: self._write_hparams(name, waiting[name]), ranked[kept:])
                 ledger.rank(ranked, kept, reached, divide(members, self._options, self._datasets))
                 say(f"{reached}: {kept} of {len(ranked)} members train on")
                 agreement.say(ledger=ledger.content)
@@ -158,10 +160,9 @@ class _Sweep:
         started, configs = time.monotonic(), [self._members[name].config for name in names]
         programs = self._programs_of(configs)
         progress.start(number, names, programs.total_steps)
-        records = []
-        for name, config in zip(names, configs, strict=True):
-            records.append(Record(config, self._workdir.member(name), programs.selection, name))
-            records[-1].diverged = self._ledger.members[name]["status"] == "diverged"
+        records = [self._record(name) for name in names]
+        for record in records:
+            record.diverged = self._ledger.members[record.name]["status"] == "diverged"
         with self._processes.together():
             self._ledger.mark(names, "running")
         checkpoints = self._workdir.group_checkpoints(number)
@@ -177,6 +178,16 @@ class _Sweep:
             )
             self._finish(loop, records, checkpoints, programs)
         return loop.step
+
+    def _record(self, name: str) -> Record:
+        member = self._members[name]
+        return Record(member.config, self._workdir.member(name), SELECTION, name, tuple(member.values))
+
+    def _write_hparams(self, name: str, step: int) -> None:
+        """Writes TensorBoard's hparams of a member that a rung stops at `step`."""
+        record = self._record(name)
+        record.open(step)
+        record.write_hparams()
 
     def _programs_of(self, configs: Sequence[ConfigDict]) -> Programs:
         """The programs for members with these configs; compiled ones if the last group had the same size and kind."""
