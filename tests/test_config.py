@@ -137,6 +137,7 @@ INVALID = [
     ("distributed.process_id", -1),
     ("sweep_options.mode", "grid"),
     ("sweep_options.size", 0),
+    ("sweep_options.batch", 0),
     ("sweep_options.seed", -1),
     ("sweep_options.chunk", -1),
     ("sweep_options.on_failure", "retry"),

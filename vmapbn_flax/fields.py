@@ -178,10 +178,11 @@ FIELDS = {
         lambda value, config: 0 <= value < config.distributed.num_processes,
         resumable=True,
     ),
-    "sweep_options.mode": _one_of("product", "zip", "random", resumable=True),
+    "sweep_options.mode": _one_of("product", "zip", "random", "optuna", resumable=True),
     "sweep_options.size": Field(
-        f"1 to {MOST_MEMBERS} draws", lambda value, config: 1 <= value <= MOST_MEMBERS, resumable=True
+        f"1 to {MOST_MEMBERS} members", lambda value, config: 1 <= value <= MOST_MEMBERS, resumable=True
     ),
+    "sweep_options.batch": _count("members", resumable=True),
     "sweep_options.seed": _at_least(0, "an integer of 0 or more", resumable=True),
     "sweep_options.chunk": _at_least(0, "a number of members, 0 for automatic", resumable=True),
     "sweep_options.on_failure": _one_of("continue", "stop", resumable=True),

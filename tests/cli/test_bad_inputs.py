@@ -85,6 +85,7 @@ OUT_OF_RANGE = {
     "distributed.process_id": ["-1", "1"],
     "sweep_options.mode": ["", "grid"],
     "sweep_options.size": ["0", "10001", "1000000000000"],
+    "sweep_options.batch": ["0", "-1"],
     "sweep_options.seed": ["-1", "1" + "0" * 30],
     "sweep_options.chunk": ["-1", "1" + "0" * 30],
     "sweep_options.on_failure": ["", "retry"],

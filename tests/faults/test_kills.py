@@ -13,15 +13,16 @@ import time
 
 import pytest
 
+from tests.faults.conftest import Undisturbed, control, train
 from tests.helpers.program import ROOT, environment
-from tests.helpers.runs import leftovers, outcome
+from tests.helpers.runs import leftovers, mirrored, outcome
 from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.ledger import Ledger
 
 SEED = 20250711
 SLOW_KILLS, SLOW_SWEEP_KILLS, SLOW_EXTENSION_KILLS, SLOW_REFRESH_KILLS = 140, 60, 60, 60
-SLOW_HALVING_KILLS = 10
+SLOW_HALVING_KILLS, SLOW_PROPOSAL_KILLS = 10, 10
 TOTAL = 30
 
 # In the order of a run's life.
@@ -222,6 +223,22 @@ def test_halving_killed_at_random_at_length(halving, undisturbed_halving):
 @pytest.mark.slow
 def test_refresh_killed_at_random_at_length(refreshing, undisturbed_refresh):
     at_length(refreshing, undisturbed_refresh, SLOW_REFRESH_KILLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rungs", ["", ":halving"])
+def test_proposals_killed_at_random(rungs, program, tmp_path):
+    """What is proposed after a kill is what an undisturbed sweep proposes, with or without rungs."""
+    command = train(f"--config=tests/helpers/fault_optuna_config.py{rungs}")
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = Undisturbed(program, command, tmp_path / "undisturbed")
+    run = control(program, command, tmp_path)
+    started = time.monotonic()
+    phases = torment(run, undisturbed, random.Random(SEED + 2), SLOW_PROPOSAL_KILLS)
+    print(f"\n{phases.total()} kills, seed {SEED + 2}, {time.monotonic() - started:.0f} s: {dict(phases)}")
+    found = mirrored(run.workdir)
+    assert found == mirrored(undisturbed.workdir)
+    assert len(found) == len(Ledger(Workdir(run.workdir)).members) == 14
 
 
 def at_length(run, undisturbed, kills):

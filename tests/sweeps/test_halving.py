@@ -10,7 +10,9 @@ import pytest
 from configs import saved
 from tests.helpers import small
 from tests.helpers.runs import command, outcome
+from tests.runs.test_metrics import hparams_of
 from tests.sweeps.test_sweep import RATES, SEEDS, figures, ledger_of, rows, sweep_config
+from vmapbn_flax import load_sweep
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
 from vmapbn_flax.runs import train as run
 from vmapbn_flax.runs.checkpoints import saved_steps
@@ -83,6 +85,7 @@ def require_members_of_the_plain_sweep(halved, plain):
     """Bit for bit, as far as each was trained, on however many devices."""
     for name, entry in ledger_of(halved)["members"].items():
         files = {path.name for path in (halved / name).iterdir() if "tfevents" not in path.name}
+        assert hparams_of(halved / name)["session_end_info"].session_end_info.status == 1  # a success
         if entry["status"] == "done":
             got, expected = outcome(halved / name), outcome(plain / name)
             for found in (got, expected):
@@ -104,6 +107,16 @@ def test_the_best_of_each_rung_train_on(halved, plain):
     assert [len(group) for group in ledger["groups"]] == [8, 2, 1]
     assert not any((halved / "groups").glob("*"))
     require_members_of_the_plain_sweep(halved, plain)
+
+
+def test_a_table_of_the_members(halved):
+    """The seeds of each rate: those that trained longer first; of one rung, as it ranked them."""
+    best, *others = load_sweep(halved)
+    assert (best["status"], best["step"], best["rung"]) == ("done", END, None)
+    assert {record["status"] for record in others} == {"stopped"}
+    for rate in RATES:
+        places = [(-record["rung"], record["rank"]) for record in others if record["optimizer.learning_rate"] == rate]
+        assert places == sorted(places)
 
 
 def test_a_stopped_member_continues_alone(copy_of_halved, plain, capsys):

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import make_directory
+from vmapbn_flax.files import in_threads, make_directory
 from vmapbn_flax.multihost.processes import Processes
 from vmapbn_flax.runs.checkpoints import Checkpoints
 from vmapbn_flax.runs.console import Progress
@@ -77,8 +77,7 @@ class Loop:
         with processes.together():
             if processes.first:  # not left to orbax: if it failed there, the others would wait
                 make_directory(directory)  # and before `open` cuts off rows
-            for record in self._records:
-                record.open(self.step)
+            in_threads(lambda record: record.open(self.step), self._records)
         self._checkpoints = Checkpoints(directory)
 
     @property
@@ -193,6 +192,7 @@ class Loop:
         ]
         for record, _ in found:
             record.diverged = True
+            self._pending.append(partial(record.write_hparams, failed=True))
         return found
 
     def _evaluation_due(self) -> bool:
@@ -217,8 +217,7 @@ class Loop:
     def save(self) -> None:
         """Saves the state in the background, with the records' descriptions; first, all rows go to the disk."""
         with self.timing.clock("checkpoint"):
-            for record in self.active:
-                record.flush()
+            in_threads(Record.flush, self.active)
             meta = {"data": self._programs.described, "runs": [record.described() for record in self._records]}
             self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_steps())
 

@@ -21,6 +21,8 @@ class Ledger:
     Attributes:
       members: status, step and reason of each, by name; of one that a rung stopped, `rung`, from 0, and `rank`, from 1.
       groups: the names of the members of each group.
+      proposals: in the mode "optuna", the values of the members of each batch, by the names of the fields, in the order
+        in which they were proposed.
 
     Raises:
       RunError: the file is damaged.
@@ -30,6 +32,7 @@ class Ledger:
         self._workdir = workdir
         self.members: dict[str, dict[str, Any]] = {}
         self.groups: list[list[str]] = []
+        self.proposals: list[list[dict[str, Any]]] = []
         self._numbers: dict[str, list[int]] = {}  # of the groups of each member
         if workdir.is_sweep:
             self.update(read_json(workdir.ledger))
@@ -42,6 +45,7 @@ class Ledger:
         """
         try:
             self.members, self.groups = dict(content["members"]), [list(names) for names in content["groups"]]
+            self.proposals = [list(map(dict, batch)) for batch in content.get("proposals", ())]
             for name, entry in self.members.items():
                 if Path(name).name != name or name == "..":
                     raise ValueError(f"the member {name!r}, which is no name of a directory")
@@ -66,10 +70,18 @@ class Ledger:
     @property
     def content(self) -> dict[str, Any]:
         """The whole ledger, as JSON."""
-        return {"members": self.members, "groups": self.groups}
+        proposals = {"proposals": self.proposals} if self.proposals else {}
+        return {"members": self.members, "groups": self.groups, **proposals}
 
-    def add(self, groups: Iterable[Sequence[str]]) -> None:
-        """Adds groups of new members, and writes the ledger."""
+    @property
+    def proposed(self) -> list[dict[str, Any]]:
+        """The `proposals` of all batches."""
+        return [values for batch in self.proposals for values in batch]
+
+    def add(self, groups: Iterable[Sequence[str]], batch: Sequence[dict[str, Any]] = ()) -> None:
+        """Adds groups of new members, and the values of those that were proposed, and writes the ledger."""
+        if batch:
+            self.proposals.append(list(batch))
         for names in groups:
             self.members |= {name: {"status": "pending", "step": 0, "reason": ""} for name in names}
             self._append(names)
@@ -86,8 +98,10 @@ class Ledger:
         if len({len(self._numbers[name]) for name in names}) != 1 or len({*names}) < len(names):
             raise ValueError(f"a group of {names}, which are not at one rung")
 
-    def mark(self, names: Iterable[str], status: str, step: int | None = None, reason: str = "") -> None:
-        """Sets the status of those of `names` that are neither over nor waiting, and writes the ledger."""
+    def mark(
+        self, names: Iterable[str], status: str, step: int | None = None, reason: str = "", *, write: bool = True
+    ) -> None:
+        """Sets the status of those of `names` that are neither over nor waiting; writes the ledger if `write`."""
         for name in names:
             if not (self.is_over(name) or self.is_waiting(name)):
                 entry = self.members[name]
@@ -96,7 +110,8 @@ class Ledger:
                     "step": entry["step"] if step is None else step,
                     "reason": reason,
                 }
-        self.write()
+        if write:
+            self.write()
 
     def rank(self, names: Sequence[str], kept: int, reached: str, groups: Iterable[Sequence[str]]) -> None:
         """Ends a rung, in one write of the ledger.

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from vmapbn_flax import signals
 from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import remove_directory
+from vmapbn_flax.files import in_threads, remove_directory
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore, saved_steps
 from vmapbn_flax.runs.console import say
@@ -19,10 +19,13 @@ from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.train import facts, held
 from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps.batches import Batches
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
-from vmapbn_flax.sweeps.plan import Datasets, divide, make_plan
+from vmapbn_flax.sweeps.plan import Datasets, divide
 from vmapbn_flax.sweeps.progress import SweepProgress
+from vmapbn_flax.sweeps.proposals import require_optuna
+from vmapbn_flax.sweeps.results import SELECTION
 from vmapbn_flax.sweeps.rungs import rank, rung_epochs, rung_step
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
@@ -43,6 +46,8 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     members = {member.name: member for member in expand(config)}
+    if config.sweep_options.mode == "optuna":
+        require_optuna()
     mesh.divide_cpu(config.mesh, sweep=True, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
@@ -50,20 +55,19 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
         for member in members.values():
             validate_sizes(member.config, len(datasets.load(member.config).train))
         with held(workdir, processes):
-            ledger = Ledger(workdir)
-            with processes.together() as agreement:
-                if processes.first:
-                    ledger = make_plan(config, workdir, members, datasets)
-                    agreement.say(ledger=ledger.content)
-            ledger.update(agreement.heard[0]["ledger"])
+            batches = Batches(config, workdir, members, datasets, processes)
+            batches.start()
             with signals.deferred() as received:
-                _Sweep(config, workdir, ledger, members, datasets, processes, received).train()
+                sweep = _Sweep(config, workdir, batches.ledger, batches.members, datasets, processes, received)
+                sweep.train()
+                while batches.extend():
+                    sweep.train()
             if processes.first:
                 # Not before: it imports matplotlib, which training imports while the devices work.
                 from vmapbn_flax.sweeps.report import report
 
                 report(workdir)
-        return ledger
+        return batches.ledger
 
 
 class _Sweep:
@@ -140,6 +144,7 @@ class _Sweep:
                 epochs = rung_epochs(self._options, rung)
                 reached = f"rung {rung}, after {epochs:g} epoch{'s' * (epochs != 1)}"
                 members = [self._members[name] for name in waiting if name in best]
+                in_threads(lambda name: self._write_hparams(name, waiting[name]), ranked[kept:])
                 ledger.rank(ranked, kept, reached, divide(members, self._options, self._datasets))
                 say(f"{reached}: {kept} of {len(ranked)} members train on")
                 agreement.say(ledger=ledger.content)
@@ -155,10 +160,9 @@ class _Sweep:
         started, configs = time.monotonic(), [self._members[name].config for name in names]
         programs = self._programs_of(configs)
         progress.start(number, names, programs.total_steps)
-        records = []
-        for name, config in zip(names, configs, strict=True):
-            records.append(Record(config, self._workdir.member(name), programs.selection, name))
-            records[-1].diverged = self._ledger.members[name]["status"] == "diverged"
+        records = [self._record(name) for name in names]
+        for record in records:
+            record.diverged = self._ledger.members[record.name]["status"] == "diverged"
         with self._processes.together():
             self._ledger.mark(names, "running")
         checkpoints = self._workdir.group_checkpoints(number)
@@ -174,6 +178,16 @@ class _Sweep:
             )
             self._finish(loop, records, checkpoints, programs)
         return loop.step
+
+    def _record(self, name: str) -> Record:
+        member = self._members[name]
+        return Record(member.config, self._workdir.member(name), SELECTION, name, tuple(member.values))
+
+    def _write_hparams(self, name: str, step: int) -> None:
+        """Writes TensorBoard's hparams of a member that a rung stops at `step`."""
+        record = self._record(name)
+        record.open(step)
+        record.write_hparams()
 
     def _programs_of(self, configs: Sequence[ConfigDict]) -> Programs:
         """The programs for members with these configs; compiled ones if the last group had the same size and kind."""
@@ -197,7 +211,8 @@ class _Sweep:
             for record, step in diverged:
                 most = record.config.train.max_skipped_steps
                 reason = f"{most} steps in a row not finite, up to step {step}"
-                self._ledger.mark([record.name], "diverged", step, reason)
+                self._ledger.mark([record.name], "diverged", step, reason, write=False)
+            self._ledger.write()
 
     def _finish(self, loop: Loop, records: Sequence[Record], checkpoints: Path, programs: Programs) -> None:
         """Writes each member's own checkpoints, and marks it: at the end done, with a summary, at a rung waiting."""
@@ -210,8 +225,11 @@ class _Sweep:
         with self._processes.together():
             device, seconds = mesh.device_name(programs.devices), loop.timing.seconds()
             done = loop.step == programs.total_steps
-            for record in loop.active if done else ():
+
+            def finish(record: Record) -> None:
                 record.finish(loop.step, [*steps, *saved_steps(record.workdir.checkpoints)], seconds, device)
+
+            in_threads(finish, loop.active if done else ())
             self._ledger.mark([record.name for record in loop.active], "done" if done else "waiting", loop.step)
 
     def _save_members(

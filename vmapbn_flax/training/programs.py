@@ -133,7 +133,7 @@ class Programs:
             if self._by_step:
                 function = self._members.one_at_a_time(steps.make_one_step(train_step, take_batch), training)
             else:
-                function = over(steps.make_train_steps(train_step, take_batch), training)
+                function = self._members.map_states(steps.make_train_steps(train_step, take_batch), training)
             return make(name, function, donate=(_STATE,))
 
         self._create = make("create", self._members.map_at_once(self._create_one), optimise=False)
