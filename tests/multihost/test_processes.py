@@ -374,7 +374,10 @@ def test_a_sweep_in_batches(two_sweeping, program, tmp_path):
 def test_a_sweep_with_rungs(two_sweeping, program, tmp_path):
     """Both processes stop the same members as one does; one dies at the first ranking, and both continue."""
     two, log = two_sweeping, tmp_path / "log"
-    values = ("--config.sweep.model.hidden=((6,5),)*4", "--config.sweep.optimizer.learning_rate=(0.03,0.01,0.1,0.3)")
+    values = (
+        f"--config.sweep.model.hidden={((6, 5),) * 4}",
+        "--config.sweep.optimizer.learning_rate=(0.03,0.01,0.1,0.3)",
+    )
     flags = (*values, "--config.sweep_options.halving=2", "--config.sweep_options.first_rung=0.8")
     assert program.run("train", *SWEEP_FLAGS, *flags, f"--workdir={tmp_path}/alone", log=log) == 0, log.read_text()
     killed = {0: {"name": "vmapbn_flax.sweeps.ledger:Ledger.rank"}}
