@@ -37,3 +37,12 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """What the module's `Programs` compile; see `tests/helpers/quick.py` for what must not use it."""
+    from tests.helpers import quick  # imports the package, after the hook
+
+    with quick.programs():
+        yield
