@@ -115,6 +115,9 @@ def shortened(argv):
         return argv
     config, workdir = parse_config([flag for flag in argv if flag.startswith("--config")])
     devices = [f"--workdir={workdir}_devices"] if config.mesh.data else []
+    if config.sweep_options.halving:  # the rungs are where they were in the shorter sweep, each at an evaluation
+        first = config.sweep_options.first_rung / 1000
+        devices += [f"--config.{name}={first}" for name in ("sweep_options.first_rung", "train.eval_every")]
     small = SMALL.get(config.model.name, "--config.model.width=2")
     return [*argv, small, NO_WARMUP, f"--config.train.num_epochs={config.train.num_epochs / 1000}", *devices]
 

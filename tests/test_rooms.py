@@ -18,7 +18,7 @@ NAME = PACKAGE.name
 ROOMS = ("cli", "sweeps", "runs", "multihost", "training", "data", "nn")  # each imports from those after it
 GROUND = {"config", "defaults", "errors", "fields", "files", "networks", "signals"}  # modules, which every room may use
 FILES = {"config.json", "metrics.jsonl", "summary.json", "accuracy.png", "sweep.json", "sweep.png", "refresh.json"}
-FILES.add("figure.png")
+FILES |= {"figure.png", "optuna.db"}
 
 
 def dotted(path):

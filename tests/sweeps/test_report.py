@@ -13,8 +13,11 @@ from vmapbn_flax.sweeps.results import SELECTION, read_settings
 RATES, SEEDS = (1e-3, 1e-2, 1e-1), (0, 1)
 
 
-def write_sweep(workdir, accuracies, swept=None, statuses=None):
-    """A sweep as training leaves it, of which each member's last evaluation is given: (validation, test)."""
+def write_sweep(workdir, accuracies, swept=None, statuses=None, stopped=None):
+    """A sweep as training leaves it, of which each member's last evaluation is given: (validation, test).
+
+    Those in `stopped` were stopped at a rung, at a rank.
+    """
     config = test_sweep.sweep_config(swept or {"optimizer__learning_rate": RATES, "seed": SEEDS})
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
@@ -24,7 +27,10 @@ def write_sweep(workdir, accuracies, swept=None, statuses=None):
         (workdir / name).mkdir()
         lines = [{"step": step, SELECTION: validation * step / 20, "test_accuracy": test} for step in (10, 20)]
         (workdir / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        ledger.mark([name], (statuses or {}).get(name, "done"), 20)
+        ledger.mark([name], "stopped" if name in (stopped or {}) else (statuses or {}).get(name, "done"), 20)
+    for name, (rung, rank) in (stopped or {}).items():
+        ledger.members[name] |= {"rung": rung, "rank": rank}
+    ledger.write()
     return workdir
 
 

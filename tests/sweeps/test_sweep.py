@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_renorm, sweep_width
+from configs import saved, sweep_best, sweep_halving, sweep_lr, sweep_norm, sweep_renorm, sweep_width
 from tests.helpers import small
 from tests.helpers.runs import command
+from tests.runs.test_metrics import hparams_of
 from vmapbn_flax import default_config, load_run
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import flat, validate
@@ -190,10 +191,10 @@ def test_names_of_draws():
     assert all(0.25 <= float(name.split(",")[1].split("=")[1]) <= 0.251 for name in names)
 
 
-@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best])
+@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best, sweep_halving])
 def test_configs(module):
     members = expand(module.get_config())
-    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24]}.get(module, [5, 5, 5])
+    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24], sweep_halving: [48]}.get(module, [5, 5, 5])
     assert [len(together) for together in program_groups(members)] == sizes
 
 
@@ -318,7 +319,10 @@ def test_eight_members_one_compilation(eight):
         directory = workdir / name
         files = {path.name for path in directory.iterdir() if "tfevents" not in path.name}
         assert files == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"}
-        assert any("tfevents" in path.name for path in directory.iterdir())
+        plugin = hparams_of(directory)
+        assert plugin["session_end_info"].session_end_info.status == 1  # a success
+        metrics = [info.name.tag for info in plugin["experiment"].experiment.metric_infos]
+        assert metrics == ["validation_accuracy", "validation_loss", "test_accuracy", "test_loss"]
         best = json.loads((directory / "summary.json").read_text())["best_step"]
         assert {path.name for path in (directory / "checkpoints").iterdir()} == {str(best), str(STEPS)}
     assert not any((workdir / "groups").glob("*"))
@@ -464,13 +468,18 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         run.train(expand(sick)[2].config, diverged)
 
 
-def test_group_of_which_all_diverge_ends(tmp_path):
+def test_group_of_which_all_diverge_ends(tmp_path, monkeypatch):
+    written = []  # how many members had diverged, at each write of the ledger
+    write = Ledger.write
+    monkeypatch.setattr(Ledger, "write", lambda ledger: written.append(ledger.count("diverged")) or write(ledger))
     config = sweep_config({"optimizer__learning_rate": (1e38, 2e38)}, train__max_skipped_steps=2)
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
+    assert 1 not in written  # those that diverge together are written together
     assert ledger.count("diverged") == 2
     assert all(entry["step"] < STEPS for entry in ledger.members.values())
     for name, entry in ledger.members.items():  # each as far as it came
         assert saved_steps(tmp_path / "sweep" / name / "checkpoints") == [entry["step"]]
+        assert hparams_of(tmp_path / "sweep" / name)["session_end_info"].session_end_info.status == 2  # a failure
     assert not any((tmp_path / "sweep" / "groups").glob("*"))
 
 

@@ -50,9 +50,17 @@ def test_each_member_is_its_run():
     for number, member in enumerate(members):
         run = alone(number)
         expected = trained(run)
-        small.assert_close(member, expected)
+        small.assert_same_bits(member, expected)  # a CPU computes one member after the other
         np.testing.assert_allclose(figures(measured[number])["test_loss"], run.evaluate(expected)["test_loss"], 1e-5)
         assert programs.learning_rates(4)[number] == run.learning_rates(4)[0]
+
+
+def test_states_are_replaced_in_place():
+    """The program has the states of all members once; what it needs beside them is of one member."""
+    programs = make([config for config in configs() for _ in range(20)])
+    programs.compile_ahead(0)
+    memory = programs.compiler["train"].memory_analysis()  # of one device
+    assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 2
 
 
 def test_gradients_and_population_statistics_are_each_member_s():

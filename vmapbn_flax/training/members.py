@@ -38,6 +38,9 @@ class OneRun:
     def map(self, function: Callable, own: Sequence[int]) -> Callable:
         return function
 
+    def map_states(self, function: Callable, own: Sequence[int]) -> Callable:
+        return function
+
     def one_at_a_time(self, function: Callable, own: Sequence[int]) -> Callable:
         return lambda *arguments: function(*arguments[:-1])
 
@@ -91,24 +94,23 @@ class Stacked:
 
         return mapped
 
-    def one_at_a_time(self, function: Callable, own: Sequence[int]) -> Callable:
-        """`function` for one member of each device, without a loop; its last argument is the member's number there.
+    def map_states(self, function: Callable, own: Sequence[int]) -> Callable:
+        """Maps `function` over the members; the first argument is a state, and so is the result, which replaces it."""
+        if not _are_one_by_one(self._devices):
+            return self.map(function, own)
+        one_member = _replace_one(function, own)
 
-        The first argument of `function` is a state, and so is its result, which replaces that member's.
-        """
-
-        def one_member(*arguments: PyTree) -> PyTree:
-            *arguments_of_all, number = arguments
-
-            def take(tree: PyTree) -> PyTree:
-                return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), tree)
-
-            result = function(*(take(tree) if i in own else tree for i, tree in enumerate(arguments_of_all)))
-            return jax.tree.map(
-                lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, number, 0), arguments[0], result
+        def mapped(states: PyTree, *arguments: PyTree) -> PyTree:
+            # In place. `lax.map` has an array more for its results, which a chunk of steps would pass through as well.
+            return lax.fori_loop(
+                0, self.rows_each, lambda number, states: one_member(states, *arguments, number), states
             )
 
-        return _on_each_device(one_member, own, self._devices)
+        return _on_each_device(mapped, own, self._devices)
+
+    def one_at_a_time(self, function: Callable, own: Sequence[int]) -> Callable:
+        """As `map_states`, for one member of each device, without a loop; the last argument is its number there."""
+        return _on_each_device(_replace_one(function, own), own, self._devices)
 
     def map_at_once(self, function: Callable) -> Callable:
         """Maps `function` over the members, which share no argument."""
@@ -158,6 +160,26 @@ def _one_by_one(function: Callable, own: Sequence[int], devices: Mesh | None) ->
         return lax.map(one_member, [arguments[i] for i in own])
 
     return _on_each_device(mapped, own, devices)
+
+
+def _replace_one(function: Callable, own: Sequence[int]) -> Callable:
+    """`function` of one of the members that lie on a device, whose number is the last argument.
+
+    The first argument has the states of them all, and so has the result; `function` takes and returns one state.
+    """
+
+    def one_member(*arguments: PyTree) -> PyTree:
+        *arguments_of_all, number = arguments
+
+        def take(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), tree)
+
+        result = function(*(take(tree) if i in own else tree for i, tree in enumerate(arguments_of_all)))
+        return jax.tree.map(
+            lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, number, 0), arguments[0], result
+        )
+
+    return one_member
 
 
 def _on_each_device(function: Callable, own: Sequence[int], devices: Mesh | None) -> Callable:
