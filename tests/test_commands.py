@@ -129,6 +129,7 @@ def quick(page):
     return page if page in ("README.md", "docs/index.md") else pytest.param(page, marks=pytest.mark.slow)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("page", [quick(page) for page in TO_RUN])
 def test_commands_run(page, clone, capsys):
     """In the order of the page, one after another."""
