@@ -25,9 +25,9 @@ CHUNK_SECONDS = (
 INTRO = """\
 Microseconds of training per example, and member, on one device: constant where time grows in proportion. All but what
 is named stays 60,000 examples, batches of 128, three layers of 100 and one run. A turn is a few steps, as many as
-take about {seconds} s. For the size of the data set it is a whole epoch, of MNIST repeated, drawing its order included; for
-members it is a chunk of a run, which takes about {chunk_seconds} s and at most an epoch, in whole steps of all members. The
-floor is the matrix products alone, over the same batches."""
+take about {seconds} s. For the size of the data set it is a whole epoch, of MNIST repeated, drawing its order
+included; for members it is a chunk of a run, of about {chunk_seconds} s. The floor is the matrix products alone, over
+the same batches."""
 
 # What a turn trains, and the examples, times members, that it goes through.
 Turn = tuple[Callable[[], object], int]
