@@ -54,4 +54,4 @@ def test_the_estimate_is_what_a_member_takes(tmp_path):
     estimated = estimate.of_group(many, devices) - estimate.of_group(few, devices)
     measured = peak_bytes(tmp_path, many) - peak_bytes(tmp_path, few)
     print(f"{estimated / (many - few) / 1e6:.1f} MB a member, measured {measured / (many - few) / 1e6:.1f} MB")
-    assert 0.7 < estimated / measured < 1.5
+    assert 0.6 < estimated / measured < 1.5
