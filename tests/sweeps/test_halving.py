@@ -160,6 +160,7 @@ def test_a_signal_after_a_rung(call, halved, tmp_path, monkeypatch):
 SHORT = {"sweep_options__halving": 2, "train__num_epochs": 1.6}  # one rung, at half of the steps
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_member_diverges_at_the_rung(tmp_path):
     """In its last step before the rung. It is not ranked; of the other two, fewer than the divisor, one trains on."""
     swept = {"optimizer__learning_rate": (0.01, 1e38, 0.1)}
@@ -172,6 +173,7 @@ def test_a_member_diverges_at_the_rung(tmp_path):
     assert stopped["reason"] == "rung 0, after 0.8 epochs: rank 2 of 2, of which 1 goes on"
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_all_members_diverge_before_the_rung(tmp_path):
     swept = {"optimizer__learning_rate": (1e38, 2e38)}
     ledger = sweep.train_sweep(config(swept, **SHORT, train__max_skipped_steps=2), tmp_path / "sweep")
@@ -201,6 +203,7 @@ def test_a_group_that_fails_is_waited_for(tmp_path, monkeypatch):
     assert Ledger(Workdir(tmp_path / "sweep")).count("stopped") == 2
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_new_values_are_ranked_among_themselves(copy_of_halved):
     before, found = ledger_of(copy_of_halved), figures(copy_of_halved)
     more = config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2)}, **HALVING)
