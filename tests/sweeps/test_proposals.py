@@ -426,5 +426,5 @@ def test_without_optuna(trainer, tmp_path, capsys, monkeypatch):
         f"--workdir={tmp_path}/new",
     )
     assert (status, len(lines)) == (2, 1)
-    assert "Install it: pip install 'vmapbn-flax[optuna]'" in lines[0]
+    assert "Install it: pip install 'optuna>=5'" in lines[0]
     assert not (tmp_path / "new").exists()
