@@ -32,15 +32,17 @@ settings.load_profile("repeatable")
 
 collect_ignore = ["helpers/payload.py"]  # its import fails, on purpose
 
-# Half a minute and more each: a worker that began one of these last would keep the others waiting.
+# Half a minute each or more: a worker that began one of these last would keep the others waiting.
 LONGEST = (
     "multihost/test_processes.py",
-    "test_commands.py",
     "sweeps/test_sweep.py",
+    "sweeps/test_halving.py",
     "runs/test_resume.py",
+    "test_commands.py",
     "faults/test_kills.py",
     "nn/test_batch_norm.py",
     "faults/test_signals.py",
+    "sweeps/test_proposals.py",
     "training/test_devices.py",
 )
 

@@ -160,6 +160,7 @@ def test_a_signal_after_a_rung(call, halved, tmp_path, monkeypatch):
 SHORT = {"sweep_options__halving": 2, "train__num_epochs": 1.6}  # one rung, at half of the steps
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_member_diverges_at_the_rung(tmp_path):
     """In its last step before the rung. It is not ranked; of the other two, fewer than the divisor, one trains on."""
     swept = {"optimizer__learning_rate": (0.01, 1e38, 0.1)}
@@ -179,6 +180,7 @@ def test_all_members_diverge_before_the_rung(tmp_path):
     assert (ledger.count("diverged"), len(ledger.groups)) == (2, 1)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_group_that_fails_is_waited_for(tmp_path, monkeypatch):
     """No member of the rung is ranked before all are there: two of four are stopped, as without the failure."""
     failing = config({"model__hidden": ((4,), (5,)), "seed": SEEDS}, **SHORT)
@@ -199,6 +201,7 @@ def test_a_group_that_fails_is_waited_for(tmp_path, monkeypatch):
     assert [members[name]["rank"] for name in ranked[2:]] == [3, 4]
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_new_values_are_ranked_among_themselves(copy_of_halved):
     before, found = ledger_of(copy_of_halved), figures(copy_of_halved)
     more = config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2)}, **HALVING)
