@@ -160,7 +160,7 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 correction = self._correction(running, moments)
                 self._update(running, moments, weights)
-            centred, multiplier = moments.centred, moments.inverse_deviation(self.epsilon)
+            centred, multiplier = moments.centred, moments.multiplier(self.epsilon)
             replicas = tuple(filter(is_mapped, as_axes(self.replica_axis_name)))
             broadcast = partial(spread, x=x, axis_name=axis_name, replica_axis_name=replicas)
         else:

@@ -8,6 +8,9 @@ The statistics are those of Chan, Golub & LeVeque (1983), eq. 1.7: two passes an
 data lies from zero; the one-pass formula E[x^2] - E[x]^2 loses every digit there. The square of a complex number is
 here that of its modulus, so that a variance is real. Numbers that are too large for these sums in float32 give NaN,
 never a wrong number.
+
+A derivative has factors such as var**-1.5, which float32 does not have of x = 1e18. So d is multiplied by `unit`, a
+power of two that makes its variance about one, before what is differentiated. This takes no digit from any number.
 """
 
 import functools
@@ -31,21 +34,17 @@ _LARGE = 2.0**24
 class Moments(NamedTuple):
     """Batch statistics, and the input minus its mean."""
 
-    centred: Inexact[Array, "*positions features"]
-    mean: Inexact[Array, " features"]
-    var: Float[Array, " features"]  # biased: divided by `count`
-    weight: Float[Array, ""] | int  # behind each mean: examples x positions, or the sum of the weights
-    lost: Inexact[Array, " features"]  # in rounding `mean`: mean + lost has twice the digits
+    centred: Inexact[Array, "*positions features"]  # times `unit`
     unit: Float[Array, " features"]  # a power of two, about 1 / sqrt(var) but at most 1
     relative: Float[Array, " features"]  # var * unit**2
+    mean: Inexact[Array, " features"]
+    var: Float[Array, " features"]  # biased: divided by `weight`
+    weight: Float[Array, ""] | int  # behind each mean: examples x positions, or the sum of the weights
+    lost: Inexact[Array, " features"]  # in rounding `mean`: mean + lost has twice the digits
 
-    def inverse_deviation(self, epsilon: float | Float[Array, ""]) -> Float[Array, " features"]:
-        """`1 / sqrt(var + epsilon)`, with a derivative that is right for every finite `var`.
-
-        That by `var` is of the order of var**-1.5 times x, and of var**-1 once multiplied by a sum over x: at 1e18,
-        float32 has no such numbers. That by `relative` has no large power of x.
-        """
-        return self.unit * inverse_sqrt(self.relative + self.unit * self.unit * epsilon)
+    def multiplier(self, epsilon: float | Float[Array, ""]) -> Float[Array, " features"]:
+        """What `centred` is multiplied by, so that x - mean is divided by sqrt(var + epsilon)."""
+        return inverse_sqrt(self.relative + self.unit * self.unit * epsilon)
 
 
 def batch_moments(
@@ -85,12 +84,16 @@ def batch_moments(
     # centre the two uses by different roundings of the mean. It cannot fuse through a rounding to one bit less.
     shift = _round(lax.stop_gradient(mean), bits=1)
     d = present(x - shift)
-    c, var = _mean_and_variance(d, weights, divisor, axis_name)
-    mean, centred = shift + c, present(d - spread(c, x, axis_name))
+    c, square = lax.stop_gradient(_means(d, weights, divisor, axis_name))
+    unit = _power_of_two(lax.rsqrt(jnp.maximum(square - _square(c), 1)))
+    d = d * unit
+    c, square = _derived(axis_name, [c * unit, square * unit * unit], d, weights, divisor)
+    centred, var = present(d - spread(c, x, axis_name)), square - _square(c)
+    var = jnp.where(var < 0, 0, var)
     var = var + 0 * lax.stop_gradient(var)  # NaN if it overflowed: by an infinite one every result would be zero
-    unit = _power_of_two(lax.rsqrt(jnp.maximum(var, 1)))
-    relative = _relative(axis_name, var, unit, d, weights, divisor)
-    return Moments(centred, mean, var, count, c - (mean - shift), unit, relative)
+    c = c / unit
+    mean = shift + c
+    return Moments(centred, unit, var, mean, var / unit / unit, count, c - (mean - shift))
 
 
 def _weighted_mean(x: Array, weights: Array, axis_name: tuple[str, ...]) -> tuple[Array, Array, Array, Array]:
@@ -110,29 +113,24 @@ def _weighted_mean(x: Array, weights: Array, axis_name: tuple[str, ...]) -> tupl
     return mean, count, weights * root * root, divisor
 
 
-def _mean_and_variance(d: Array, weights: Array | None, divisor: Array, axis_name: tuple[str, ...]) -> list[Array]:
+def _means(d: Array, weights: Array | None, divisor: Array, axis_name: tuple[str, ...]) -> list[Array]:
+    """Of `d` and of its square, in one reduction."""
     weighted = d if weights is None else weights * d
-    mean, square = (sum_ / divisor for sum_ in totals([weighted, _product(weighted, d)], axis_name))
-    var = square - _square(mean)
-    return [mean, jnp.where(var < 0, 0, var)]
+    return [sum_ / divisor for sum_ in totals([weighted, _product(weighted, d)], axis_name)]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _relative(
-    axis_name: tuple[str, ...], var: Array, unit: Array, d: Array, weights: Array | None, divisor: Array
-) -> Array:
-    """`var * unit**2`, whose derivative is computed from `d * unit`."""
-    return var * unit * unit
+def _derived(
+    axis_name: tuple[str, ...], values: list[Array], d: Array, weights: Array | None, divisor: Array
+) -> list[Array]:
+    """`values`, which are the `_means`, as they follow from `d`: nothing is summed again but for derivatives."""
+    return values
 
 
-@_relative.defjvp
-def _relative_jvp(axis_name: tuple[str, ...], primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    unit = primals[1]
-
-    def relative(d: Array, weights: Array | None, divisor: Array) -> Array:
-        return _mean_and_variance(d * unit, weights, divisor, axis_name)[1]
-
-    return _relative(axis_name, *primals), jax.jvp(relative, primals[2:], tangents[2:])[1]
+@_derived.defjvp
+def _derived_jvp(axis_name: tuple[str, ...], primals: tuple, tangents: tuple) -> tuple[list[Array], list[Array]]:
+    means = partial(_means, axis_name=axis_name)
+    return _derived(axis_name, *primals), jax.jvp(means, primals[1:], tangents[1:])[1]
 
 
 @jax.custom_jvp
