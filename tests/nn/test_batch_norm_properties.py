@@ -106,7 +106,7 @@ def test_complex(draw, Layer, masked):
 @settings(max_examples=150)
 @given(st.data(), st.sampled_from([BatchNorm, BatchedBatchNorm, BatchRenorm]), st.sampled_from([None, bool, float]))
 def test_every_order_of_magnitude(draw, Layer, masked):
-    """Of inputs, gradients and weights, as far as float32 has numbers for the results."""
+    """Of inputs, gradients and weights, as far as float32 has numbers for the results. Renorm is in its warm-up."""
     shape = SHAPES[0]
     rng = np.random.default_rng(draw.draw(st.integers(0, 2**32 - 1)))
     spread = 10.0 ** np.array([draw.draw(st.floats(-30, 18)) for _ in range(2)])
@@ -121,6 +121,7 @@ def test_every_order_of_magnitude(draw, Layer, masked):
     present = np.ones(shape[:1], bool) if mask is None else mask > 0
     if present.sum() < 2:
         return
+    cotangent[~present] = 0
     got = measure(Layer(), params, x, cotangent, None if mask is None else jnp.asarray(mask), RUNNING.get(Layer))
     want = oracle.batch_norm(x, cotangent, **params, weights=mask)
     inverse = 1 / np.sqrt(want.var + 1e-5)
