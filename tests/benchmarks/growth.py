@@ -18,20 +18,24 @@ WIDTHS = (100, 200, 400, 800, 1600)
 EXAMPLES = (60_000, 120_000, 300_000, 600_000)
 MEMBERS = (1, 4, 16, 64, 256)
 SECONDS = 0.3  # of a turn, about
+CHUNK_SECONDS = (
+    1.0  # of a turn of members: a run's chunk, after which the state of every member has been read and written
+)
 
 INTRO = """\
 Microseconds of training per example, and member, on one device: constant where time grows in proportion. All but what
 is named stays 60,000 examples, batches of 128, three layers of 100 and one run. A turn is a few steps, as many as
-take about {seconds} s, and for the size of the data set a whole epoch, of MNIST repeated, drawing its order included.
-The floor is two programs that run in the same rounds, over the same batches: the matrix products alone, and the least
-memory traffic of Adam, in which parameters and both moments are read and written once and gradients are read once."""
+take about {seconds} s. For the size of the data set it is a whole epoch, of MNIST repeated, drawing its order
+included; for members it is a chunk of a run, of about {chunk_seconds} s. The floor is two programs that run in the same
+rounds, over the same batches: the matrix products alone, and the least memory traffic of Adam, in which parameters and
+both moments are read and written once and gradients are read once."""
 
 # What a turn trains, and the examples, times members, that it goes through.
 Turn = tuple[Callable[[], object], int]
 
 
-def make_turn(programs: Programs, examples_a_step: int) -> Turn:
-    """The first steps of a run or a group, over and over, as many as last a turn."""
+def make_turn(programs: Programs, examples_a_step: int, seconds: float = SECONDS) -> Turn:
+    """The first steps of a run or a group, over and over, as many as take so many seconds."""
     state = programs.create()
 
     def take(steps: int) -> float:
@@ -42,7 +46,7 @@ def make_turn(programs: Programs, examples_a_step: int) -> Turn:
 
     few = min(3, programs.steps_per_epoch)
     take(few)  # compiles
-    steps = int(np.clip(SECONDS * few / take(few), 1, programs.steps_per_epoch))
+    steps = int(np.clip(seconds * few / take(few), 1, programs.steps_per_epoch))
     return lambda: take(steps), steps * examples_a_step
 
 
@@ -80,7 +84,7 @@ def of_members(dataset: Dataset, counts: tuple) -> dict[str, Turn]:
         for seed, config in enumerate(configs):
             config.seed = seed
         devices = mesh.member_mesh(configs[0].mesh, 1)
-        turns[str(count)] = make_turn(Programs(configs, dataset, devices), 128 * count)
+        turns[str(count)] = make_turn(Programs(configs, dataset, devices), 128 * count, CHUNK_SECONDS)
     return turns
 
 
@@ -122,4 +126,4 @@ def run(repetitions: int, quick: bool) -> tuple[dict, str]:
         say(f"  {what}")
         found[what] = microseconds(make(), repetitions)
         tables.append(growth_table(what, found[what]))
-    return {"microseconds": found}, "\n\n".join([INTRO.format(seconds=SECONDS), *tables])
+    return {"microseconds": found}, "\n\n".join([INTRO.format(seconds=SECONDS, chunk_seconds=CHUNK_SECONDS), *tables])

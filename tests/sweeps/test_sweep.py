@@ -166,6 +166,7 @@ def test_random():
     assert {values["model.norm"] for values in first} == {"vmap", "none"}
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_between_two_close_numbers(seed):
     """At four digits this would be 1.0 again and again, which is no decay."""
@@ -408,6 +409,7 @@ def test_member_equals_its_run(eight, member, tmp_path):
         assert saved[0][1] == saved[1][1]  # and what lies beside the state
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_batches_are_those_of_each_seed():
     configs = [member.config for member in expand(sweep_config({"seed": (3, 4, 5)}))]
     dataset = small.dataset(20)
@@ -468,6 +470,7 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         run.train(expand(sick)[2].config, diverged)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_group_of_which_all_diverge_ends(tmp_path, monkeypatch):
     written = []  # how many members had diverged, at each write of the ledger
     write = Ledger.write
@@ -532,6 +535,7 @@ def test_group_that_fails(on_failure, statuses, tmp_path, monkeypatch):
     assert again.members["hidden=4"]["reason"] == ""
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_new_values_are_new_groups(copy_of_eight):
     before = figures(copy_of_eight)
     more = sweep_config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2)})
@@ -570,6 +574,7 @@ def test_damaged_ledger(copy_of_eight, content):
         sweep.train_sweep(sweep_config(), copy_of_eight)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_finished_member_continues_alone(copy_of_eight):
     name = "learning_rate=0.03,seed=1"
     config = saved.get_config(str(copy_of_eight / name))

@@ -199,7 +199,7 @@ class MemberBytes(NamedTuple):
     """An estimate of the bytes that a member takes, without the data set, which all members share.
 
     Attributes:
-      state: its state, with a copy, and its order of the examples.
+      state: its state, with copies, and its order of the examples.
       activations: of its network, while it is computed.
     """
 
@@ -228,7 +228,9 @@ def member_bytes(config: ConfigDict, dataset: Dataset) -> MemberBytes:
     image, outputs = 4 * math.prod(shape), _nbytes(outputs)
     # In training, each output comes with its activation and its cotangent.
     activations = max(config.train.batch_size * (image + 3 * outputs), config.train.eval_batch_size * (image + outputs))
-    return MemberBytes(2 * _nbytes(state) + 4 * len(dataset.train), activations)
+    # With its gradients and updates; on a CPU, with the copies of it that saving and reading a checkpoint takes.
+    states = 4 if jax.default_backend() == "cpu" else 2
+    return MemberBytes(states * _nbytes(state) + 4 * len(dataset.train), activations)
 
 
 def _nbytes(tree: PyTree) -> int:

@@ -100,13 +100,19 @@ def put(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Copies arrays from the devices to the host of every process.
+    """Copies arrays from the devices to the host of every process; numpy arrays stay as they are.
 
     Where a process has only a part of an array, all processes must make the same call. Each such array in turn lies
     whole on every device for a moment.
     """
-    # Copies: on a CPU, device_get returns a view of a buffer that the next step may overwrite.
-    return jax.tree.map(lambda leaf: np.array(jax.device_get(_replicated(leaf))), tree)
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            return leaf
+        # On a CPU, device_get returns a view of a buffer that the next step may overwrite.
+        return np.array(jax.device_get(_replicated(leaf)))
+
+    return jax.tree.map(copy, tree)
 
 
 def _replicated(leaf: Any) -> Any:
