@@ -10,7 +10,6 @@ def get_config():
     config = sweep_best.get_config()
     config.sweep_options.size = 48
     config.sweep_options.halving = 3
-    config.sweep_options.first_rung = (
-        5.0  # every warm-up is over then; 48 members train 5 epochs, 16 train 15, 5 all 30
-    )
+    # Every warm-up is over then. 48 members train 5 epochs, 16 train 15, and 5 all 30.
+    config.sweep_options.first_rung = 5.0
     return config

@@ -1,6 +1,6 @@
 """Numbers that this network's accuracy may depend on, proposed by Optuna in batches, selected on held-out examples.
 
-pip install 'vmapbn-flax[optuna]'
+pip install 'optuna>=5'
 python train.py --config=configs/sweep_optuna.py
 python train.py --config=configs/sweep_optuna.py --config.sweep_options.size=64
 """

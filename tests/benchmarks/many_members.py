@@ -73,7 +73,7 @@ def run(members: int, workdir: Path) -> dict[str, Any]:
     from tests.helpers import small
     from vmapbn_flax.runs.loop import Loop
     from vmapbn_flax.runs.workdir import Workdir
-    from vmapbn_flax.sweeps import plan, report, train
+    from vmapbn_flax.sweeps import batches, plan, report, train
     from vmapbn_flax.sweeps.ledger import Ledger
     from vmapbn_flax.sweeps.results import load_sweep
     from vmapbn_flax.training.programs import Programs
@@ -82,7 +82,7 @@ def run(members: int, workdir: Path) -> dict[str, Any]:
     phases, config = Phases(), sweep_config(members)
     for owner, function, name in (
         (train, "expand", "expand"),
-        (train, "make_plan", "plan"),
+        (batches, "make_plan", "plan"),
         (Ledger, "write", "ledger, written"),
         (Programs, "advance", "steps"),
         (Loop, "_evaluate", "evaluations"),

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from commands import Caches
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from measure import ROOT, machine, say, table
+
+from vmapbn_flax.runs.pictures import PERCENT
 
 # The changes of `sweep_options`, and how a line is drawn.
 METHODS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -160,9 +161,9 @@ def draw(found: dict[str, list[dict[str, Any]]], output: Path) -> None:
     worst = min(sweep["curve"][-1][1] for sweeps in found.values() for sweep in sweeps)
     axes.set(xlabel="seconds", ylabel="best validation accuracy so far", xlim=(0, None))
     axes.set_ylim(worst - max(0.01, best - worst), best + 0.001)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=len(METHODS))
     figure.savefig(output, dpi=120)
 
 

@@ -357,6 +357,20 @@ def test_a_sweep(two_sweeping, program, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sweep_in_batches(two_sweeping, program, tmp_path):
+    """Process 0 proposes; both train; one process alone proposes the same."""
+    two, log = two_sweeping, tmp_path / "log"
+    rates = ("--config.sweep.model.hidden=((6,5),)", "--config.sweep.optimizer.learning_rate=('log_uniform',0.01,0.1)")
+    options = [f"--config.sweep_options.{option}" for option in ("mode=optuna", "size=5", "batch=2")]
+    alone = ("train", *SWEEP_FLAGS, *rates, *options, f"--workdir={tmp_path}/alone")
+    assert program.run(*alone, log=log) == 0, log.read_text()
+    assert two.run(*rates, *options) == [0, 0], two.lines(0)
+    assert ledger(two.workdir) == ledger(tmp_path / "alone")
+    assert [len(batch) for batch in ledger(two.workdir)["proposals"]] == [2, 2, 1]
+    assert two.lines(1) == []
+
+
+@pytest.mark.slow
 def test_a_sweep_with_rungs(two_sweeping, program, tmp_path):
     """Both processes stop the same members as one does; one dies at the first ranking, and both continue."""
     two, log = two_sweeping, tmp_path / "log"

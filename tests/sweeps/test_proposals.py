@@ -158,34 +158,42 @@ def test_divergence_is_avoided(trainer, no_mirror, tmp_path):
     assert sum(diverged[24:]) < sum(diverged[:24]) / 2
 
 
-def test_members_differ(trainer, no_mirror, tmp_path):
-    """All six that there are, though the sampler would repeat the best one."""
-    few = {"model__hidden": ((4,), (5, 5), (6,)), "optimizer__name": ("sgd", "adam")}
+@pytest.fixture
+def asked(monkeypatch):
+    """What the sampler proposes, whatever becomes of it."""
+    found, ask = [], Proposer._ask
+
+    def noted(proposer, study):
+        found.append(ask(proposer, study))
+        return found[-1]
+
+    monkeypatch.setattr(Proposer, "_ask", noted)
+    return found
+
+
+def test_members_differ(trainer, no_mirror, tmp_path, asked):
+    """All twelve that there are, though the sampler repeats the good ones."""
+    few = {"model__hidden": ((4,), (5, 5), (6,)), "optimizer__name": ("sgd", "adam"), "model__norm": ("vmap", "none")}
     trainer.reach = staticmethod(lambda values: 0.9 if values["model.hidden"] == (4,) else 0.1)
     found = []
     for i in range(2):
-        sweep.train_sweep(config_of(few, size=6, batch=1), tmp_path / str(i))
+        sweep.train_sweep(config_of(few, size=12, batch=2), tmp_path / str(i))
         found.append(ledger_of(tmp_path / str(i)))
     assert found[0] == found[1]
-    assert len(found[0]["members"]) == 6
-    with pytest.raises(UsageError, match=r"size: got 7 draws, expected at most as many as differ, 6 here"):
-        sweep.train_sweep(config_of(few, size=7), tmp_path / "more")
+    assert len(found[0]["members"]) == 12
+    assert len({str(values) for values in asked[:10]}) < 10
+    with pytest.raises(UsageError, match=r"size: got 13 draws, expected at most as many as differ, 12 here"):
+        sweep.train_sweep(config_of(few, size=13), tmp_path / "more")
 
 
-def test_an_invalid_proposal_gives_way(trainer, no_mirror, tmp_path, monkeypatch):
+def test_an_invalid_proposal_gives_way(trainer, no_mirror, tmp_path, asked):
     """With this seed, no draw is one."""
     space = {"train__batch_size": (16, 20), "model__ghost_batch_size": (0, 4, 8, 10), "seed": ("uniform", 0, 999)}
-    asked, ask = [], Proposer._ask
-
-    def noted(proposer, study):
-        asked.append(ask(proposer, study))
-        return asked[-1]
 
     def fits(values):
         size = values["model.ghost_batch_size"]
         return size == 0 or values["train.batch_size"] % size == 0
 
-    monkeypatch.setattr(Proposer, "_ask", noted)
     trainer.reach = staticmethod(lambda values: values["model.ghost_batch_size"] / 20)
     sweep.train_sweep(config_of(space, size=12, batch=1, seed=111), tmp_path / "sweep")
     assert not all(map(fits, asked))
@@ -426,5 +434,5 @@ def test_without_optuna(trainer, tmp_path, capsys, monkeypatch):
         f"--workdir={tmp_path}/new",
     )
     assert (status, len(lines)) == (2, 1)
-    assert "Install it: pip install 'vmapbn-flax[optuna]'" in lines[0]
+    assert "Install it: pip install 'optuna>=5'" in lines[0]
     assert not (tmp_path / "new").exists()

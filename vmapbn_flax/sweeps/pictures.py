@@ -59,7 +59,7 @@ def _layout(fields: Sequence[str]) -> tuple[list[Any], list[int], tuple[float, f
         return [[*fields, _CURVES]], [3] * len(fields) + [4], (7 + 3.4 * len(fields), 3.6)
     names = [*fields, *[_CURVES] * (-len(fields) % _COLUMNS or _COLUMNS)]
     rows = [names[i : i + _COLUMNS] for i in range(0, len(names), _COLUMNS)]
-    return rows, [1] * _COLUMNS, (12, 3.2 * len(rows))
+    return rows, [1] * _COLUMNS, (12.0, 3.2 * len(rows))
 
 
 def _values(settings: Sequence[Setting]) -> dict[str, list[Any]]:

@@ -27,8 +27,8 @@ def require_optuna() -> None:
     """Raises a UsageError if Optuna is not installed."""
     if find_spec("optuna") is None:
         raise UsageError(
-            "config.sweep_options.mode: got optuna, but no library of that name. Install it: "
-            "pip install 'vmapbn-flax[optuna]', or sweep with --config.sweep_options.mode=random"
+            "config.sweep_options.mode: got optuna, but no library of that name. Install it: pip install 'optuna>=5', "
+            "or sweep with --config.sweep_options.mode=random"
         )
 
 

@@ -100,7 +100,7 @@ def load_sweep(workdir: str | Path) -> list[dict[str, Any]]:
       A dictionary for each member, all with the same keys. None stands for what there is not.
 
       - `name`, and the value of each swept field by its dotted name, such as `optimizer.learning_rate`.
-      - `status`: "done", "stopped" (by a rung), "diverged", "failed", "running" or "pending"; `step`, the last one.
+      - `status`, as in the ledger: "done", "stopped" by a rung, "diverged", ...; `step`, the last one.
       - `rung`, which stopped the member, from 0, and its `rank` there, from 1.
       - `validation_accuracy`, `validation_loss`, `test_accuracy`, `test_loss`: of the last evaluation.
       - `best_step`, `best_validation_accuracy` and so on: of the evaluation with the best validation accuracy, whose
