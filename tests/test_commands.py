@@ -117,12 +117,15 @@ def shortened(argv):
     if argv[0] not in ("train", "parity") or "saved.py" in argv[1]:  # whose config is short already
         return argv
     config, workdir = parse_config([flag for flag in argv if flag.startswith("--config")])
-    devices = [f"--workdir={workdir}_devices"] if config.mesh.data else []
+    more = [f"--workdir={workdir}_devices"] if config.mesh.data else []
+    if "warmup_epochs" in config.sweep.optimizer:  # draws of it, and of other fields
+        size = config.sweep_options.size // 8
+        more += ["--config.sweep.optimizer.warmup_epochs=(0.0,)", f"--config.sweep_options.size={size}"]
     if config.sweep_options.halving:  # the rungs are where they were in the shorter sweep, each at an evaluation
         first = config.sweep_options.first_rung / 1000
-        devices += [f"--config.{name}={first}" for name in ("sweep_options.first_rung", "train.eval_every")]
+        more += [f"--config.{name}={first}" for name in ("sweep_options.first_rung", "train.eval_every")]
     small = SMALL.get(config.model.name, "--config.model.width=2")
-    return [*argv, small, NO_WARMUP, f"--config.train.num_epochs={config.train.num_epochs / 1000}", *devices]
+    return [*argv, small, NO_WARMUP, f"--config.train.num_epochs={config.train.num_epochs / 1000}", *more]
 
 
 def quick(page):
