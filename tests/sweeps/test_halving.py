@@ -11,7 +11,7 @@ from configs import saved
 from tests.helpers import small
 from tests.helpers.runs import command, outcome
 from tests.runs.test_metrics import hparams_of
-from tests.sweeps.test_sweep import RATES, SEEDS, figures, ledger_of, rows, sweep_config
+from tests.sweeps.test_sweep import figures, ledger_of, rows, sweep_config
 from vmapbn_flax import load_sweep
 from vmapbn_flax.errors import Interrupted, RunError, UsageError
 from vmapbn_flax.runs import train as run
@@ -23,6 +23,8 @@ from vmapbn_flax.sweeps.expand import expand
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.training.programs import Programs
 
+# Those that pass the first rung are at their best there.
+RATES, SEEDS = (0.1, 0.3, 1.0, 3.0), (1, 3)
 HALVING = {"sweep_options__halving": 3}
 RUNG = {"sweep_options__first_rung": 0.8, "train__eval_every": 0.8}
 RUNGS, END = (4, 12), 20  # steps: after 0.8 and 2.4 epochs, and of 4
@@ -30,6 +32,7 @@ RUNGS, END = (4, 12), 20  # steps: after 0.8 and 2.4 epochs, and of 4
 
 def config(swept=None, **changes):
     """A sweep of small runs, 5 steps to an epoch, which are evaluated every 4 steps."""
+    swept = swept or {"optimizer__learning_rate": RATES, "seed": SEEDS}
     return sweep_config(swept, data__name="small", mesh__member=2, **RUNG, **changes)
 
 
@@ -100,13 +103,15 @@ def require_members_of_the_plain_sweep(halved, plain):
 
 
 def test_the_best_of_each_rung_train_on(halved, plain):
-    """Over the devices of the tests, some of which have no member in the smaller groups."""
+    """The last of them keeps its best checkpoint, which it had before the first rung."""
     names = [member.name for member in expand(config())]
     ledger = ledger_of(halved)
     assert ledger["members"] == expected_ledger(plain, names)
     assert [len(group) for group in ledger["groups"]] == [8, 2, 1]
     assert not any((halved / "groups").glob("*"))
     require_members_of_the_plain_sweep(halved, plain)
+    (done,) = (name for name, entry in ledger["members"].items() if entry["status"] == "done")
+    assert saved_steps(halved / done / "checkpoints") == [RUNGS[0], END]
 
 
 def test_a_table_of_the_members(halved):
