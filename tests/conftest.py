@@ -1,7 +1,9 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -30,6 +32,29 @@ settings.load_profile("repeatable")
 
 collect_ignore = ["helpers/payload.py"]  # its import fails, on purpose
 
+# Half a minute each or more: a worker that began one of these last would keep the others waiting.
+LONGEST = (
+    "multihost/test_processes.py",
+    "sweeps/test_sweep.py",
+    "sweeps/test_halving.py",
+    "runs/test_resume.py",
+    "test_commands.py",
+    "faults/test_kills.py",
+    "nn/test_batch_norm.py",
+    "faults/test_signals.py",
+    "sweeps/test_proposals.py",
+    "training/test_devices.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # JAX and the other imports are not searched for garbage again and again
+
 
 @pytest.fixture
 def unchecked():
@@ -37,3 +62,12 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def compiled_quickly():
+    """All that `Programs` compile; see `tests/helpers/quick.py` for the tests that must not use it."""
+    from tests.helpers import quick  # imports the package, after the hook
+
+    with quick.programs():
+        yield

@@ -34,10 +34,12 @@ LISTED = [
     "pip install -e '.[dev]'",
     "pip install -e '.[peers]'",
     "pip install -e '.[export]'",
+    "pip install -e '.[optuna]'",
     "python3 -m venv .venv",
     "source .venv/bin/activate",
     "pre-commit install",
     "tensorboard --logdir runs",
+    "optuna-dashboard sqlite:///runs/sweep_optuna/optuna.db",
     "tfds build fashion_mnist --file_format=array_record",
     "python train.py --config=configs/vmap_bn.py --config.data.name=fashion_mnist",
     "python train.py --config=configs/vmap_bn.py --config.data.name=folder --config.data.dir=~/flowers",
@@ -63,6 +65,7 @@ LISTED = [
     "python tests/benchmarks/folding.py",
     "taskset -c 0 python tests/benchmarks/batch_norm.py",
     "python tests/benchmarks/scaling.py",
+    "python tests/benchmarks/sweeps.py",
     "python tests/benchmarks/smoothness.py",
 ]
 
@@ -115,6 +118,9 @@ def shortened(argv):
         return argv
     config, workdir = parse_config([flag for flag in argv if flag.startswith("--config")])
     devices = [f"--workdir={workdir}_devices"] if config.mesh.data else []
+    if config.sweep_options.halving:  # the rungs are where they were in the shorter sweep, each at an evaluation
+        first = config.sweep_options.first_rung / 1000
+        devices += [f"--config.{name}={first}" for name in ("sweep_options.first_rung", "train.eval_every")]
     small = SMALL.get(config.model.name, "--config.model.width=2")
     return [*argv, small, NO_WARMUP, f"--config.train.num_epochs={config.train.num_epochs / 1000}", *devices]
 
@@ -123,6 +129,7 @@ def quick(page):
     return page if page in ("README.md", "docs/index.md") else pytest.param(page, marks=pytest.mark.slow)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("page", [quick(page) for page in TO_RUN])
 def test_commands_run(page, clone, capsys):
     """In the order of the page, one after another."""

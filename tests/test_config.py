@@ -137,9 +137,14 @@ INVALID = [
     ("distributed.process_id", -1),
     ("sweep_options.mode", "grid"),
     ("sweep_options.size", 0),
+    ("sweep_options.batch", 0),
     ("sweep_options.seed", -1),
     ("sweep_options.chunk", -1),
     ("sweep_options.on_failure", "retry"),
+    ("sweep_options.halving", 1),
+    ("sweep_options.halving", -3),
+    ("sweep_options.first_rung", 0.0),
+    ("sweep_options.first_rung", INF),
 ]
 
 

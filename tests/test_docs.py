@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import vmap_bn
+from configs import sweep_lr, vmap_bn
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.runs.train import train
+from vmapbn_flax.sweeps.train import train_sweep
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -29,7 +30,7 @@ RUN = [
     *(f"docs/{name}.md" for name in ("batch-norm", "data", "equinox", "story", "using", "your-network")),
 ]
 PROSE = [f"docs/{name}.md" for name in ("architecture", "changelog", "exactness", "gpu", "reference", "speed")]
-OPTIONAL = ("onnxruntime", "torch")  # what needs one of these runs where it is installed
+OPTIONAL = ("onnxruntime", "pandas", "torch")  # what needs one of these runs where it is installed
 
 
 def installed(code):
@@ -44,6 +45,14 @@ def train_run(workdir, text):
     for command in EXPORT.findall(text):
         if find_spec("torch") or not command.endswith(".pt"):
             assert main(shlex.split(command)) == 0
+
+
+def small_sweep():
+    """configs/sweep_lr.py with a narrow network, for two steps."""
+    config = sweep_lr.get_config()
+    config.model.hidden = (8,)
+    config.optimizer.warmup_epochs, config.train.num_epochs = 0.0, 0.005
+    return config
 
 
 def test_every_page_has_code_that_runs_or_is_listed():
@@ -63,8 +72,9 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     path = ROOT / page
     text, namespace = path.read_text(), {"__name__": "__main__"}
-    if page == "docs/using.md":  # which starts from a finished run
+    if page == "docs/using.md":  # which starts from a finished run, and from a sweep
         train_run(Path("runs/vmap_bn"), text)
+        train_sweep(small_sweep(), Path("runs/sweep_lr"))
     for block in BLOCK.finditer(text):
         code, line = block[1], text.count("\n", 0, block.start(1))
         if code.startswith(">>>"):

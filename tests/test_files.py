@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import (
     AppendLog,
+    in_threads,
     read_json,
     read_lines,
     remove_directory,
@@ -48,6 +50,21 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_wait_for_the_disk_together():
+    """One after another, eight of them would wait here for ever."""
+    together = threading.Barrier(8, timeout=60)
+    in_threads(lambda number: together.wait(), range(16))
+
+
+def test_one_of_many_writes_fails():
+    def write(number):
+        if number == 3:
+            raise RunError("the third")
+
+    with pytest.raises(RunError, match="the third"):
+        in_threads(write, range(20))
 
 
 # Each of its writes is of another length, and says in every place who wrote it.

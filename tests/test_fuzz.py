@@ -25,7 +25,7 @@ from vmapbn_flax.files import read_lines
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
 from vmapbn_flax.runs.loading import load_config
 from vmapbn_flax.runs.workdir import Workdir
-from vmapbn_flax.sweeps.expand import expand
+from vmapbn_flax.sweeps.expand import expand, read_members
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.results import read_settings
 
@@ -165,6 +165,17 @@ def test_config_of_a_sweep(sweep, examples, content):
 @often(60)
 def test_ledger(sweep, examples):
     content = json.loads(sweep.ledger.read_text())
+    check(sweep.ledger, json_files(content), examples, lambda: read_settings(sweep))
+
+
+@often(60)
+def test_ledger_of_proposals(sweep, examples):
+    content = json.loads(sweep.ledger.read_text())
+    drawn = [member.values for member in expand(restore_config(default_config(), DRAWN, ""))]
+    sweep.write(sweep.config, DRAWN | {"sweep_options": DRAWN["sweep_options"] | {"mode": "optuna"}})
+    content["proposals"] = json.loads(json.dumps([drawn[:3], drawn[3:]]))
+    sweep.write(sweep.ledger, content)
+    assert [member.values for member in read_members(sweep)] == drawn
     check(sweep.ledger, json_files(content), examples, lambda: read_settings(sweep))
 
 

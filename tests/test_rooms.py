@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 import vmapbn_flax
+from tests.conftest import LONGEST
 
 PACKAGE = Path(vmapbn_flax.__file__).parent
 NAME = PACKAGE.name
 ROOMS = ("cli", "sweeps", "runs", "multihost", "training", "data", "nn")  # each imports from those after it
 GROUND = {"config", "defaults", "errors", "fields", "files", "networks", "signals"}  # modules, which every room may use
 FILES = {"config.json", "metrics.jsonl", "summary.json", "accuracy.png", "sweep.json", "sweep.png", "refresh.json"}
-FILES.add("figure.png")
+FILES |= {"figure.png", "optuna.db"}
 
 
 def dotted(path):
@@ -54,6 +55,10 @@ def room(module):
 def test_every_module_is_in_a_room():
     assert {room(module) for module in TREES} == {"", "__main__", *ROOMS, *GROUND}
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", *(f"{g}.py" for g in GROUND)}
+
+
+def test_the_longest_tests_are_there():
+    assert [name for name in LONGEST if not (Path(__file__).parent / name).exists()] == []
 
 
 @pytest.mark.parametrize("name", ROOMS)

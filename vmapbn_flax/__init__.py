@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         fold,
     )
     from vmapbn_flax.runs.trained import load_run
+    from vmapbn_flax.sweeps.results import load_sweep
 
     __version__: str
 
@@ -41,6 +42,7 @@ __all__ = [
     "default_config",
     "fold",
     "load_run",
+    "load_sweep",
 ]
 
 
@@ -54,6 +56,10 @@ def __getattr__(name: str) -> object:
         from vmapbn_flax.runs.trained import load_run
 
         return load_run
+    if name == "load_sweep":
+        from vmapbn_flax.sweeps.results import load_sweep
+
+        return load_sweep
     if name in __all__:
         from vmapbn_flax import nn
 

@@ -108,7 +108,7 @@ def resume_changes(old: dict, config: ConfigDict) -> list[str]:
       RunError: a field differs that a resume cannot change, or `old` is not a config.
     """
     try:
-        before, now = flat(ConfigDict(old)), flat(config)
+        before, now = flat(old), flat(config)
         changes = {
             name: f"config.{name}: {before.get(name)!r} -> {now.get(name)!r}"
             for name in dict.fromkeys([*before, *now])
@@ -134,11 +134,11 @@ def _may_change(name: str, before: dict, now: dict) -> bool:
     return name in FIELDS and FIELDS[name].resumable
 
 
-def flat(config: ConfigDict) -> dict[str, Any]:
-    """The fields of `config` by dotted name."""
+def flat(config: ConfigDict | dict) -> dict[str, Any]:
+    """The fields of `config`, which may be one in JSON, by dotted name."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | dict):
             fields |= {f"{name}.{inner}": leaf for inner, leaf in flat(value).items()}
         else:
             fields[name] = tuple(value) if isinstance(value, list) else value

@@ -86,11 +86,17 @@ def default_config(network: str = "mlp") -> ConfigDict:
     config.sweep = ConfigDict({"data": {}, "model": {}, "optimizer": {}, "train": {}})
 
     config.sweep_options = sweep_options = ConfigDict()
-    sweep_options.mode = "product"  # of all values; "zip": one of each in turn; "random": `size` draws
-    sweep_options.size = 16  # draws, from tuples of choices, ("uniform", low, high) or ("log_uniform", low, high)
-    sweep_options.seed = 0  # of the draws
+    # "product": of all values; "zip": one of each in turn; "random": `size` draws from tuples of choices,
+    # ("uniform", low, high) or ("log_uniform", low, high); "optuna": from the same, `batch` members after `batch`
+    # members, proposed by what those before have reached
+    sweep_options.mode = "product"
+    sweep_options.size = 16  # members that are drawn or proposed, in all
+    sweep_options.batch = 8  # members that are proposed at once
+    sweep_options.seed = 0  # of the draws and proposals
     sweep_options.chunk = 0  # members that train together at most; 0: as many as memory holds
     sweep_options.on_failure = "continue"  # with the other groups of members, or "stop"
+    sweep_options.halving = 0  # at each rung, one member in so many trains on, the others stop; 0: all train to the end
+    sweep_options.first_rung = 1.0  # epochs, a multiple of train.eval_every; each later rung is `halving` times as far
 
     choose_network(config, network)
     config.lock()

@@ -78,6 +78,14 @@ def _is_before_the_end(epochs: float, config: ConfigDict) -> bool:
     return epochs == 0 or (0 < epochs < config.train.num_epochs and config.model.norm != "none")
 
 
+def _is_rung(epochs: float, config: ConfigDict) -> bool:
+    if not config.sweep_options.halving:
+        return 0 < epochs < math.inf
+    evaluations = epochs / config.train.eval_every
+    multiple = evaluations > 0.5 and abs(evaluations - round(evaluations)) < 1e-6
+    return multiple and epochs < config.train.num_epochs
+
+
 def _are_widths(widths: tuple, config: ConfigDict) -> bool:
     return len(widths) > 0 and all(isinstance(width, int) and 1 <= width <= _WIDEST for width in widths)
 
@@ -170,13 +178,22 @@ FIELDS = {
         lambda value, config: 0 <= value < config.distributed.num_processes,
         resumable=True,
     ),
-    "sweep_options.mode": _one_of("product", "zip", "random", resumable=True),
+    "sweep_options.mode": _one_of("product", "zip", "random", "optuna", resumable=True),
     "sweep_options.size": Field(
-        f"1 to {MOST_MEMBERS} draws", lambda value, config: 1 <= value <= MOST_MEMBERS, resumable=True
+        f"1 to {MOST_MEMBERS} members", lambda value, config: 1 <= value <= MOST_MEMBERS, resumable=True
     ),
+    "sweep_options.batch": _count("members", resumable=True),
     "sweep_options.seed": _at_least(0, "an integer of 0 or more", resumable=True),
     "sweep_options.chunk": _at_least(0, "a number of members, 0 for automatic", resumable=True),
     "sweep_options.on_failure": _one_of("continue", "stop", resumable=True),
+    "sweep_options.halving": Field(
+        "0 for no rungs, or a factor of 2 or more", lambda value, config: value == 0 or 2 <= value < 2**31
+    ),
+    "sweep_options.first_rung": Field(
+        "a positive number of epochs; with sweep_options.halving a multiple of train.eval_every={train.eval_every} "
+        "that is below train.num_epochs={train.num_epochs}",
+        _is_rung,
+    ),
 }
 
 # The attributes of the networks of this package, by the network's name.

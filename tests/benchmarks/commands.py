@@ -13,6 +13,9 @@ from typing import NamedTuple
 from measure import ROOT
 
 TRAIN = (sys.executable, "train.py")
+_BARE = """\
+import clu.metrics, flax.linen, jax, optax, orbax.checkpoint
+jax.jit(lambda x: x + 1)(0).block_until_ready()"""
 
 
 class Finished(NamedTuple):
@@ -77,6 +80,11 @@ def train(environment: dict[str, str], *flags: str, config: str = "configs/vmap_
     """`python train.py` from start to end in an empty workdir."""
     with tempfile.TemporaryDirectory() as directory:
         return run([*TRAIN, f"--config={config}", f"--workdir={directory}/run", *flags], environment)
+
+
+def bare(environment: dict[str, str]) -> Finished:
+    """The imports of the libraries, and one compiled operation."""
+    return run([sys.executable, "-c", _BARE], environment)
 
 
 def peer(name: str, num_epochs: int, environment: dict[str, str]) -> Finished:

@@ -170,16 +170,16 @@ What each computes:
 
 ## How large, how small
 
-Outputs and statistics that overflow are NaN, never wrong numbers; the training program skips such a step and counts
-it. Of ours, in float32:
+Outputs, statistics and gradients are right, or NaN where numbers overflow; the training program skips such a step and
+counts it. Of ours, in float32:
 
 | | right | beyond |
 | --- | --- | --- |
-| inputs, for outputs and statistics | the squares of x - mean(x) sum to less than 3.4e38 | NaN |
+| inputs | the squares of x - mean(x) sum to less than 3.4e38 | NaN |
 | of 128 examples; of 100,000 values | up to 1e18; up to 4e16 | |
-| inputs, for gradients | up to a tenth of that, if those of the results are of order one | off by some per cent |
 | small inputs | all; a variance below 1e-30 is nothing beside epsilon | |
-| mask weights | from 1e-36 on, in any mixture; those below 1.2e-38 are zero on most devices | |
+| gradients | those of 1.2e-38 and more | zero on most devices |
+| mask weights | from 1.2e-38 on, in any mixture | zero on most devices |
 | sum of the weights, and of weight times input | below 3.4e38 | refused; NaN where it is traced |
 | bfloat16 and float16 | as the float32 that they are turned into first | |
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from epochs import as_inputs, long_config, make_epochs, make_floor
+from epochs import as_inputs, long_config, make_epochs, make_floor, make_traffic
 from measure import Times, median, say, spread, table, take_turns
 
 from vmapbn_flax import default_config
@@ -26,8 +26,9 @@ INTRO = """\
 Microseconds of training per example, and member, on one device: constant where time grows in proportion. All but what
 is named stays 60,000 examples, batches of 128, three layers of 100 and one run. A turn is a few steps, as many as
 take about {seconds} s. For the size of the data set it is a whole epoch, of MNIST repeated, drawing its order
-included; for members it is a chunk of a run, of about {chunk_seconds} s. The floor is the matrix products alone, over
-the same batches."""
+included; for members it is a chunk of a run, of about {chunk_seconds} s. The floor is two programs that run in the same
+rounds, over the same batches: the matrix products alone, and the least memory traffic of Adam, in which parameters and
+both moments are read and written once and gradients are read once."""
 
 # What a turn trains, and the examples, times members, that it goes through.
 Turn = tuple[Callable[[], object], int]
@@ -57,7 +58,8 @@ def of_batches_or_widths(dataset: Dataset, images: jax.Array, field: str, values
         size, label = config.train.batch_size, str(value[0] if isinstance(value, tuple) else value)
         turn, examples = make_turn(Programs([config], dataset), size)
         turns[label] = turn, examples
-        turns[f"{label} floor"] = make_floor(config, images, examples // size), examples
+        turns[f"{label} products"] = make_floor(config, images, examples // size), examples
+        turns[f"{label} traffic"] = make_traffic(config, images.shape[1], examples // size), examples
     return turns
 
 
@@ -94,17 +96,17 @@ def microseconds(turns: dict[str, Turn], repetitions: int) -> Times:
 
 def growth_table(what: str, times: Times) -> str:
     first = next(iter(times))
-    with_floor = f"{first} floor" in times
-    rows = []
+    header, rows = [what, "µs an example", "quartiles", f"to {first}"], []
+    if f"{first} products" in times:
+        header += ["products", "traffic", "to products", "to both"]
     for name, values in times.items():
-        if name.endswith(" floor"):
+        if name.endswith((" products", " traffic")):
             continue
-        row = [name, median(values), spread(values), median(np.array(values) / times[first])]
-        if with_floor:
-            floor = times[f"{name} floor"]
-            row += [median(floor), median(np.array(values) / floor)]
-        rows.append(row)
-    header = [what, "µs an example", "quartiles", f"to {first}", *(["floor", "to the floor"] if with_floor else [])]
+        rows.append([name, median(values), spread(values), median(np.array(values) / times[first])])
+        if f"{name} products" in times:
+            products, traffic = np.array(times[f"{name} products"]), np.array(times[f"{name} traffic"])
+            ratios = [values / products, values / (products + traffic)]
+            rows[-1] += [median(figures) for figures in (products, traffic, *ratios)]
     return table(header, rows)
 
 

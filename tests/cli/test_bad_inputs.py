@@ -85,9 +85,12 @@ OUT_OF_RANGE = {
     "distributed.process_id": ["-1", "1"],
     "sweep_options.mode": ["", "grid"],
     "sweep_options.size": ["0", "10001", "1000000000000"],
+    "sweep_options.batch": ["0", "-1"],
     "sweep_options.seed": ["-1", "1" + "0" * 30],
     "sweep_options.chunk": ["-1", "1" + "0" * 30],
     "sweep_options.on_failure": ["", "retry"],
+    "sweep_options.halving": ["1", "-3", "1" + "0" * 30],
+    "sweep_options.first_rung": ["0", "nan", "inf"],
 }
 FLAGS = [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
 FLAGS += [(name, value) for name, default in DEFAULTS.items() for value in OF_NO_TYPE[type(default)]]

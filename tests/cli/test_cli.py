@@ -445,6 +445,7 @@ def test_data_files(capsys, tmp_path, workdir, damage, message):
 # Training itself.
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_divergence(capsys, workdir):
     flags = [
         "--config.optimizer.name=sgd",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.program import CONFIG, EXTENDED_SWEEP, SWEEP, Program
+from tests.helpers.program import CONFIG, EXTENDED_SWEEP, HALVING_SWEEP, SWEEP, Program
 from vmapbn_flax.runs.checkpoints import saved_steps
 
 
@@ -77,6 +77,11 @@ def undisturbed_extension(program, undisturbed_sweep, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def undisturbed_halving(program, tmp_path_factory):
+    return Undisturbed(program, train(HALVING_SWEEP), tmp_path_factory.mktemp("undisturbed_halving"))
+
+
+@pytest.fixture(scope="session")
 def undisturbed_refresh(program, undisturbed, tmp_path_factory):
     """Of a run that was refreshed before, from another checkpoint."""
     place = tmp_path_factory.mktemp("undisturbed_refresh")
@@ -117,6 +122,12 @@ def sweep(tmp_path, program):
 def extension(tmp_path, program):
     """The same of its extension."""
     return control(program, train(EXTENDED_SWEEP), tmp_path)
+
+
+@pytest.fixture
+def halving(tmp_path, program):
+    """The same of a sweep with rungs."""
+    return control(program, train(HALVING_SWEEP), tmp_path)
 
 
 @pytest.fixture

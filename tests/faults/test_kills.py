@@ -13,14 +13,16 @@ import time
 
 import pytest
 
+from tests.faults.conftest import Undisturbed, control, train
 from tests.helpers.program import ROOT, environment
-from tests.helpers.runs import leftovers, outcome
+from tests.helpers.runs import leftovers, mirrored, outcome
 from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.ledger import Ledger
 
 SEED = 20250711
 SLOW_KILLS, SLOW_SWEEP_KILLS, SLOW_EXTENSION_KILLS, SLOW_REFRESH_KILLS = 140, 60, 60, 60
+SLOW_HALVING_KILLS, SLOW_PROPOSAL_KILLS = 10, 10
 TOTAL = 30
 
 # In the order of a run's life.
@@ -65,6 +67,20 @@ EXTENSION_PHASES = {
     "removal of a group's checkpoints": ("vmapbn_flax.sweeps.train:remove_directory", 3),
 }
 
+# Of a sweep with rungs.
+HALVING_PHASES = {
+    "checkpoint of a member at the first rung": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
+    "removal of a group's checkpoints there": ("vmapbn_flax.sweeps.train:remove_directory", 1),
+    "ranking": ("vmapbn_flax.sweeps.ledger:Ledger.rank", 1),
+    "the ledger with the ranks": ("vmapbn_flax.sweeps.train:SweepProgress.start", 1),
+    "first start from the members' own checkpoints": ("vmapbn_flax.runs.restoring:_restore_own", 1),
+    "first save after the rung": ("vmapbn_flax.runs.checkpoints:Checkpoints.save", 1),
+    "a removal after the first rung": ("vmapbn_flax.runs.checkpoints:shutil.rmtree", 2),
+    "end of the second rung": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
+    "second ranking": ("vmapbn_flax.sweeps.ledger:Ledger.rank", 1),
+    "summary": ("vmapbn_flax.runs.record:Record.finish", 1),
+}
+
 REFRESH_PHASES = {
     "removal of the one before": ("vmapbn_flax.files:shutil.rmtree", 2),
     "config": ("vmapbn_flax.runs.workdir:write_json", 2),
@@ -103,6 +119,14 @@ def test_extension_killed_once_in_each_phase(sweep, extension, undisturbed_exten
     check(extension, undisturbed_extension)
     assert sweep.finish() == 1
     assert "got a sweep without its member hidden=4,learning_rate=0.02" in "".join(sweep.lines())
+
+
+@pytest.mark.slow
+def test_halving_killed_once_in_each_phase(halving, undisturbed_halving):
+    statuses = [entry["status"] for entry in Ledger(Workdir(undisturbed_halving.workdir)).members.values()]
+    assert collections.Counter(statuses) == {"stopped": 4, "diverged": 1, "done": 1}
+    kill_in_each(HALVING_PHASES, halving)
+    check(halving, undisturbed_halving)
 
 
 def test_refresh_killed_once_in_each_phase(refreshing, undisturbed_refresh):
@@ -192,8 +216,29 @@ def test_extension_killed_at_random_at_length(extension, undisturbed_extension):
 
 
 @pytest.mark.slow
+def test_halving_killed_at_random_at_length(halving, undisturbed_halving):
+    at_length(halving, undisturbed_halving, SLOW_HALVING_KILLS)
+
+
+@pytest.mark.slow
 def test_refresh_killed_at_random_at_length(refreshing, undisturbed_refresh):
     at_length(refreshing, undisturbed_refresh, SLOW_REFRESH_KILLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rungs", ["", ":halving"])
+def test_proposals_killed_at_random(rungs, program, tmp_path):
+    """What is proposed after a kill is what an undisturbed sweep proposes, with or without rungs."""
+    command = train(f"--config=tests/helpers/fault_optuna_config.py{rungs}")
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = Undisturbed(program, command, tmp_path / "undisturbed")
+    run = control(program, command, tmp_path)
+    started = time.monotonic()
+    phases = torment(run, undisturbed, random.Random(SEED + 2), SLOW_PROPOSAL_KILLS)
+    print(f"\n{phases.total()} kills, seed {SEED + 2}, {time.monotonic() - started:.0f} s: {dict(phases)}")
+    found = mirrored(run.workdir)
+    assert found == mirrored(undisturbed.workdir)
+    assert len(found) == len(Ledger(Workdir(run.workdir)).members) == 14
 
 
 def at_length(run, undisturbed, kills):

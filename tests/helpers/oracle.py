@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm, as_axes
+from vmapbn_flax.nn.axes import as_axes
+from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm
 
 
 class Result(NamedTuple):

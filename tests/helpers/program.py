@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/helpers/fault_config.py"
 SWEEP = "--config=tests/helpers/fault_sweep_config.py"
 EXTENDED_SWEEP = f"{SWEEP}:extended"
+HALVING_SWEEP = f"{SWEEP}:halving"
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 PROGRAMS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import optuna
 from ml_collections import ConfigDict
 
 from tests.helpers import small
@@ -46,6 +47,15 @@ def outcome(workdir):
     del summary["seconds"]
     states = {step: state_bytes(workdir, step) for step in (summary["step"], summary["best_step"])}
     return files | {"summary": summary, "states": states}
+
+
+def mirrored(workdir):
+    """The members of a sweep in the database for Optuna's dashboard, and the state and value of each."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{workdir}/optuna.db")
+    (study,) = optuna.get_all_study_summaries(storage)
+    trials = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
+    storage.engine.dispose()
+    return [(trial.user_attrs["member"], trial.state.name, trial.value) for trial in trials]
 
 
 def contents(path):

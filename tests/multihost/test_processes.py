@@ -357,6 +357,43 @@ def test_a_sweep(two_sweeping, program, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sweep_in_batches(two_sweeping, program, tmp_path):
+    """Process 0 proposes; both train; one process alone proposes the same."""
+    two, log = two_sweeping, tmp_path / "log"
+    rates = ("--config.sweep.model.hidden=((6,5),)", "--config.sweep.optimizer.learning_rate=('log_uniform',0.01,0.1)")
+    options = [f"--config.sweep_options.{option}" for option in ("mode=optuna", "size=5", "batch=2")]
+    alone = ("train", *SWEEP_FLAGS, *rates, *options, f"--workdir={tmp_path}/alone")
+    assert program.run(*alone, log=log) == 0, log.read_text()
+    assert two.run(*rates, *options) == [0, 0], two.lines(0)
+    assert ledger(two.workdir) == ledger(tmp_path / "alone")
+    assert [len(batch) for batch in ledger(two.workdir)["proposals"]] == [2, 2, 1]
+    assert two.lines(1) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_with_rungs(two_sweeping, program, tmp_path):
+    """Both processes stop the same members as one does; one dies at the first ranking, and both continue."""
+    two, log = two_sweeping, tmp_path / "log"
+    values = (
+        f"--config.sweep.model.hidden={((6, 5),) * 4}",
+        "--config.sweep.optimizer.learning_rate=(0.03,0.01,0.1,0.3)",
+    )
+    flags = (*values, "--config.sweep_options.halving=2", "--config.sweep_options.first_rung=0.8")
+    assert program.run("train", *SWEEP_FLAGS, *flags, f"--workdir={tmp_path}/alone", log=log) == 0, log.read_text()
+    killed = {0: {"name": "vmapbn_flax.sweeps.ledger:Ledger.rank"}}
+    assert two.run(*flags, faults=killed) == [-signal.SIGKILL, 1]
+    assert {entry["status"] for entry in ledger(two.workdir)["members"].values()} == {"waiting"}
+    assert two.run(*flags) == [0, 0], two.lines(0)
+    assert ledger(two.workdir) == ledger(tmp_path / "alone")
+    assert [len(names) for names in ledger(two.workdir)["groups"]] == [4, 2, 1]
+    assert leftovers(two.workdir) == []
+    for name in ledger(two.workdir)["members"]:
+        for got, expected in zip(rows(two.workdir / name), rows(tmp_path / "alone" / name), strict=True):
+            assert got.keys() == expected.keys()
+            np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_members_are_saved_where_they_lie(two_sweeping, program, tmp_path):
     """Each by the process on whose devices it lies, in the form of one saved by a single process."""
     two, log = two_sweeping, tmp_path / "log"

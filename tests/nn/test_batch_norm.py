@@ -300,6 +300,19 @@ def test_gradient_of_a_batch_with_nothing_left():
 
 
 @both
+@pytest.mark.parametrize("fast", [False, True])
+def test_results_of_masked_values_have_no_gradient(Layer, fast):
+    """They are the bias, whatever the batch, also where the loss has a part of them."""
+    x, mask, cotangent = normal(8, 3), np.arange(8) < 5, normal(8, 3, seed=3)
+    layer = Layer(use_fast_variance=fast)
+    got = measure(layer, parameters(3), x, cotangent, jnp.asarray(mask))
+    want = measure(layer, parameters(3), x, np.where(mask[:, None], cotangent, 0), jnp.asarray(mask))
+    np.testing.assert_array_equal(got.y[5:], np.broadcast_to(parameters(3)["bias"], (3, 3)))
+    np.testing.assert_array_equal(got.dx, want.dx)
+    assert error(got.dbias, cotangent.sum(0)) < 1e-6
+
+
+@both
 def test_padded_batch_equals_the_batch(Layer):
     x, params, cotangent = 10 + normal(5, 3), parameters(3), normal(5, 3, seed=3)
     pad = [(0, 3), (0, 0)]
@@ -742,6 +755,31 @@ def test_statistics_differentiate(Layer):
     dmean, dvar = jax.jit(jax.jacobian(stats))(x)
     assert error(dmean, np.full((8, 2), 1 / 8)) < 1e-7
     assert error(dvar, 2 * (x - oracle.batch_norm(x).mean) / 8) < 1e-6
+
+
+def test_orders_of_transformations():
+    """The sums in the derivative are over the named axis, whichever transformation is outermost."""
+    x, cotangent, params = normal(6, 2), normal(6, 2, seed=3), parameters(2)
+    want = oracle.batch_norm(x, cotangent, **params).dx
+    names = {"in_axes": (0, 0), "axis_name": "batch"}
+
+    def loss(x, cotangent):
+        y, _ = BatchNorm().apply({**variables(2), "params": params}, x, train=True, mutable=["batch_stats"])
+        return jnp.sum(cotangent * y)
+
+    def total(loss):
+        return lambda x: jax.vmap(loss, **names)(x, cotangent).sum()
+
+    for dx in (
+        jax.vmap(jax.grad(loss), **names)(x, cotangent),
+        jax.vmap(jax.grad(jax.jit(loss)), **names)(x, cotangent),
+        jax.vmap(jax.jit(jax.grad(jax.checkpoint(loss))), **names)(x, cotangent),
+        jax.grad(total(loss))(x),
+        jax.grad(jax.jit(total(jax.jit(loss))))(x),
+        jax.grad(total(jax.jit(jax.checkpoint(loss))))(x),
+        jax.jacfwd(total(jax.jit(loss)))(x),
+    ):
+        assert error(dx, want) < 1e-6
 
 
 def plain(x, scale, bias):

@@ -103,6 +103,47 @@ def test_complex(draw, Layer, masked):
     check(got, oracle.batch_norm(x, cotangent, **params, weights=mask), x, params, cotangent, present, 2e-6)
 
 
+@settings(max_examples=150)
+@given(st.data(), st.sampled_from([BatchNorm, BatchedBatchNorm, BatchRenorm]), st.sampled_from([None, bool, float]))
+def test_every_order_of_magnitude(draw, Layer, masked):
+    """Of inputs, gradients and weights, as far as float32 has numbers for the results. Renorm is in its warm-up."""
+    shape = SHAPES[0]
+    rng = np.random.default_rng(draw.draw(st.integers(0, 2**32 - 1)))
+    spread = 10.0 ** np.array([draw.draw(st.floats(-30, 18)) for _ in range(2)])
+    offset = spread * draw.draw(st.sampled_from([0.0, 1.0, -100.0])) * rng.normal(size=2)
+    x = np.float32(spread * rng.uniform(-1, 1, shape) + offset)
+    cotangent = np.float32(rng.normal(size=shape) * 10.0 ** draw.draw(st.floats(-18, 3)))
+    params = {"scale": np.float32(rng.normal(size=2)), "bias": np.float32(rng.normal(size=2))}
+    mask = None if masked is None else rng.random(shape[0]) < 0.7
+    if masked is float:
+        sizes = draw.draw(st.sampled_from([st.just(draw.draw(st.floats(-37, 19))), st.floats(-37, 19)]))
+        mask = np.float32(mask * rng.uniform(0.5, 1, 12) * 10.0 ** np.array([draw.draw(sizes) for _ in range(12)]))
+    present = np.ones(shape[:1], bool) if mask is None else mask > 0
+    if present.sum() < 2:
+        return
+    cotangent[~present] = 0
+    got = measure(Layer(), params, x, cotangent, None if mask is None else jnp.asarray(mask), RUNNING.get(Layer))
+    want = oracle.batch_norm(x, cotangent, **params, weights=mask)
+    inverse = 1 / np.sqrt(want.var + 1e-5)
+    largest = np.abs(x[present]).max(0)
+    normalised = 1 + np.abs(x[present] - want.mean).max(0) * inverse
+    size = {
+        "y": normalised * (1 + np.abs(params["scale"])),
+        "mean": largest,
+        "var": want.var + (1e-7 * largest) ** 2 + 1e-30,
+        "dx": np.abs(cotangent).max() * np.abs(params["scale"]) * inverse * normalised + 1e-31,
+        "dscale": np.abs(cotangent).sum() * normalised,
+        "dbias": np.abs(cotangent).sum(),
+    }
+    for name, unit in size.items():
+        where = present[:, None] if name in ("y", "dx") else True
+        difference = np.abs(np.float64(getattr(got, name)) - getattr(want, name)) / unit
+        assert np.max(difference, where=where, initial=0) < 2e-6, name
+
+
+RUNNING = {BatchRenorm: {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32), "count": np.int32(0)}}
+
+
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from([jnp.bfloat16, jnp.float16]), st.sampled_from(SHAPES[1:]))
 def test_narrow_dtypes(draw, dtype, shape):

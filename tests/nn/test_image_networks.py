@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests.helpers import quick
 from vmapbn_flax import BatchedBatchNorm, BatchedConvNet, BatchedResNet, BatchNorm, ConvNet, ResNet, VmapBatch
 from vmapbn_flax.nn import images
 
@@ -21,9 +22,6 @@ TWINS = {
     "imagenet": (ResNet(**LARGE), BatchedResNet(**LARGE)),
 }
 SHAPE = (9, 10, 2)  # odd and even
-
-# Compiles in a third of the time; the sizes here need no optimised code.
-jit = partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(*shape, seed=0):
@@ -48,7 +46,7 @@ def of_examples(mask, like):
     return weights != 0
 
 
-@jit
+@partial(quick.jit, static_argnums=0)
 def step(network, variables, x, mask=None):
     """Logits in evaluation and in training, new statistics and the gradients of a masked loss."""
 
@@ -177,15 +175,15 @@ def test_pooling_is_that_of_flax():
     x = jnp.asarray(x)
 
     def pooled(pool):
-        return jax.value_and_grad(lambda x: jnp.sum(cotangent * pool(x) ** 3))(x)
+        return quick.jit(jax.value_and_grad(lambda x: jnp.sum(cotangent * pool(x) ** 3)))(x)
 
     def flax_s(x):
         return nn.relu(nn.max_pool(x, (2, 2), (2, 2)))
 
     jax.tree.map(np.testing.assert_array_equal, pooled(images.max_pool_relu), pooled(flax_s))
     np.testing.assert_array_equal(images.max_pool_relu(x[0]), images.max_pool_relu(x)[0])
-    hessian = jax.hessian(lambda x: jnp.sum(images.max_pool_relu(x.reshape(2, 2, 1)) ** 3))(jnp.array([1.0, 3, 2, 3]))
-    np.testing.assert_array_equal(hessian, np.diag([0, 18, 0, 0]))  # of equals, the first
+    hessian = quick.jit(jax.hessian(lambda x: jnp.sum(images.max_pool_relu(x.reshape(2, 2, 1)) ** 3)))
+    np.testing.assert_array_equal(hessian(jnp.array([1.0, 3, 2, 3])), np.diag([0, 18, 0, 0]))  # of equals, the first
     missing = jnp.full((2, 2, 1), jnp.nan).at[0].set(1)
     assert jnp.isnan(images.max_pool_relu(missing)).all()
 
@@ -209,7 +207,9 @@ def test_products_with_small_patches_are_the_convolution(size, channels):
         narrow = result(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
         return (one, result(x, kernel), gradients, jax.jvp(result, (x, kernel), (x, kernel))), narrow
 
-    (got, narrow), (want, wanted) = by(images._convolution), by(lax.conv_general_dilated)
+    (got, narrow), (want, wanted) = (
+        quick.jit(partial(by, convolve))() for convolve in (images._convolution, lax.conv_general_dilated)
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), got, want)
     assert narrow.dtype == wanted.dtype
     np.testing.assert_allclose(narrow.astype(np.float32), wanted.astype(np.float32), atol=1e-2)
@@ -266,7 +266,7 @@ def test_biases_where_no_norm_follows(network):
 def test_signals_keep_their_size_without_norm():
     """He et al. 2015 (Delving Deep into Rectifiers): a kernel has the variance 2 / inputs."""
     network = ConvNet(num_classes=3, features=(64,), norm=None)
-    variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), jnp.ones((8, 8, 16)))
+    variables = quick.jit(partial(network.init, train=False))(jax.random.key(0), jnp.ones((8, 8, 16)))
     assert np.std(variables["params"]["conv_0"]["kernel"]) == pytest.approx(np.sqrt(2 / (9 * 16)), rel=0.03)
 
 
@@ -274,7 +274,7 @@ def test_signals_keep_their_size_without_norm():
 def test_zero_scale_starts_as_the_identity():
     x = normal(4, *SHAPE)
     network, stem = (ResNet(num_classes=3, blocks=blocks, width=4, zero_scale=True) for blocks in ((2,), ()))
-    variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), x[0])
+    variables = quick.jit(partial(network.init, train=False))(jax.random.key(0), x[0])
     scales = {name: variables["params"]["stage_0_block_1"][name]["scale"] for name in ("norm_0", "norm_1")}
     assert jnp.all(scales["norm_0"] == 1)
     assert jnp.all(scales["norm_1"] == 0)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import oracle
 from tests.helpers.oracle import error
+from tests.helpers.quick import jit
 from vmapbn_flax import MLP, BatchedBatchNorm, BatchedMLP, BatchNorm, VmapBatch
 
 SIZES = {"hidden": (6, 5), "num_classes": 3}
@@ -31,7 +32,7 @@ def init(network, x):
     return jax.tree.unflatten(tree, [jnp.asarray(0.5 + rng.uniform(size=leaf.shape), leaf.dtype) for leaf in leaves])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def step(network, variables, x, labels, mask=None):
     """Logits, new statistics and the gradients of a masked cross-entropy."""
 
@@ -47,12 +48,12 @@ def step(network, variables, x, labels, mask=None):
     return logits, updates, gradients
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def train(network, variables, x, mask=None):
     return network.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def evaluate(network, variables, x):
     return network.apply(variables, x, train=False)
 
@@ -103,10 +104,10 @@ def test_one_tree():
                 x = nn.sigmoid(nn.BatchNorm(use_running_average=True, name=f"norm_{i}")(x))
             return nn.Dense(SIZES["num_classes"], name="logits")(x)
 
-    theirs = jax.jit(Flax().init)(jax.random.key(7), x)
+    theirs = jit(Flax().init)(jax.random.key(7), x)
     # The same leaves from the same key, so the networks also start alike.
     for network, example in [(NETWORKS["vmapped"], x), (NETWORKS["batched"], x), (MLP(**SIZES), x[0])]:
-        ours = jax.jit(partial(network.init, train=True))(jax.random.key(7), example)
+        ours = jit(partial(network.init, train=True))(jax.random.key(7), example)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     plain = init(NETWORKS["plain"], x)
     assert set(plain) == {"params"}
@@ -317,7 +318,7 @@ def test_members_are_one_more_vmap():
         network = VmapBatch(MLP(**SIZES, norm=partial(BatchNorm, momentum=momentum)))
         return network.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    together, run = jax.jit(jax.vmap(run))(stack, momenta), jax.jit(run)
+    together, run = jit(jax.vmap(run))(stack, momenta), jit(run)
     alone = [run(jax.tree.map(lambda leaf, i=i: leaf[i], stack), momenta[i]) for i in range(members)]
     assert_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone), 1e-5)
 
@@ -428,7 +429,7 @@ def test_complex_example():
 
     x = (normal(6, 4, 4, 2) + 1j * normal(6, 4, 4, 2, seed=1)).astype(jnp.complex64)
     network, mask = VmapBatch(Network()), jnp.arange(6) < 5
-    variables = jax.jit(partial(network.init, train=True))(jax.random.key(0), x)
+    variables = jit(partial(network.init, train=True))(jax.random.key(0), x)
     y, updates = train(network, variables, x.at[5].set(jnp.nan), mask)
     want, want_updates = train(network, variables, x[:5])
     assert_close((y[:5], updates), (want, want_updates), 2e-6)
@@ -444,7 +445,7 @@ def test_too_few_axes():
 
 def test_kernels_of_a_standard_deviation():
     network = MLP(hidden=(300, 200), num_classes=100, norm=None, kernel_std=0.05)
-    variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), jnp.ones(400))
+    variables = jit(partial(network.init, train=False))(jax.random.key(0), jnp.ones(400))
     kernels = [layer["kernel"] for layer in variables["params"].values()]
     assert [kernel.shape for kernel in kernels] == [(400, 300), (300, 200), (200, 100)]
     for kernel in kernels:  # its standard error is std / sqrt(2 n)
@@ -463,8 +464,8 @@ class Denses(nn.Module):
 
 
 def test_kernels_are_those_of_flax_by_default():
-    expected = jax.jit(Denses().init)(jax.random.key(3), jnp.ones(4))["params"]
-    got = jax.jit(partial(MLP(**SIZES).init, train=False))(jax.random.key(3), jnp.ones(4))["params"]
+    expected = jit(Denses().init)(jax.random.key(3), jnp.ones(4))["params"]
+    got = jit(partial(MLP(**SIZES).init, train=False))(jax.random.key(3), jnp.ones(4))["params"]
     for name, leaves in expected.items():
         np.testing.assert_array_equal(got[name]["kernel"], leaves["kernel"])
 

@@ -6,7 +6,7 @@ import struct
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.api_pb2 import DataType
+from tensorboardX.proto.api_pb2 import DataType, Status
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
@@ -105,33 +105,55 @@ def test_damage_elsewhere_is_an_error(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_hparams(tmp_path, caplog):
-    writer = MetricWriter(Workdir(tmp_path), 0)
-    writer.write_scalars(5, {"test_accuracy": 0.5})
-    with caplog.at_level(logging.ERROR):
-        writer.write_hparams(
-            {"seed": 3, "model.norm": "vmap", "model.hidden": (100, 100), "flag": True},
-            ["test_accuracy"],
-        )
-    assert [path for path in tmp_path.rglob("*") if path.is_dir()] == []  # a directory is a run to TensorBoard
+HPARAMS = {"seed": 3, "model.norm": "vmap", "model.hidden": (100, 100), "flag": True}
 
-    plugin = {
-        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
-        for event in events(tmp_path)
+
+def write_hparams(workdir, swept=(), failed=False):
+    writer = MetricWriter(Workdir(workdir), 0)
+    writer.write_scalars(5, {"test_accuracy": 0.5})
+    writer.write_hparams(HPARAMS, swept=swept, metrics=["test_accuracy"], failed=failed)
+    return hparams_of(workdir)
+
+
+def hparams_of(workdir):
+    """What TensorBoard's hparams tab reads of a run, by the parts of its plugin."""
+    return {
+        value.tag.removeprefix("_hparams_/"): HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for event in events(workdir)
         for value in event.summary.value
         if value.tag.startswith("_hparams_")
     }
-    start = plugin["_hparams_/session_start_info"].session_start_info.hparams
+
+
+def test_hparams(tmp_path, caplog):
+    with caplog.at_level(logging.ERROR):
+        plugin = write_hparams(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_dir()] == []  # a directory is a run to TensorBoard
+    start = plugin["session_start_info"].session_start_info.hparams
     assert start["seed"].number_value == 3
     assert start["model.norm"].string_value == "vmap"
     assert start["model.hidden"].string_value == "(100, 100)"
     assert start["flag"].bool_value is True
-    experiment = plugin["_hparams_/experiment"].experiment
-    assert {info.name for info in experiment.hparam_infos} == {"seed", "model.norm", "model.hidden", "flag"}
-    assert DataType.DATA_TYPE_UNSET not in {info.type for info in experiment.hparam_infos}
-    assert [info.name.tag for info in experiment.metric_infos] == ["test_accuracy"]
+    assert plugin["session_end_info"].session_end_info.status == Status.STATUS_SUCCESS
+    # Without an experiment TensorBoard looks which hparams differ.
+    assert "experiment" not in plugin
     # No scalars of their own, whose cards TensorBoard would open on.
     assert scalars(tmp_path) == {("test_accuracy", 5): 0.5}
+
+
+def test_hparams_of_a_member(tmp_path):
+    """All that a run has, of which those that are swept differ; its metrics are scalars that are there."""
+    experiment = write_hparams(tmp_path, ["model.norm"])["experiment"].experiment
+    differs = {info.name: info.SerializeToString().endswith(b"\x38\x01") for info in experiment.hparam_infos}
+    assert differs == {"seed": False, "model.norm": True, "model.hidden": False, "flag": False}
+    assert DataType.DATA_TYPE_UNSET not in {info.type for info in experiment.hparam_infos}
+    assert [info.name.tag for info in experiment.metric_infos] == ["test_accuracy"]
+    assert scalars(tmp_path) == {("test_accuracy", 5): 0.5}
+
+
+def test_hparams_of_a_failed_run(tmp_path):
+    end = write_hparams(tmp_path, failed=True)["session_end_info"].session_end_info
+    assert end.status == Status.STATUS_FAILURE
 
 
 # Collections.

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -136,6 +138,17 @@ def test_a_finished_run_says_so_and_changes_nothing(train, workdir, undisturbed)
         )
     after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != ".lock"}
     assert after == before
+
+
+def test_a_finished_run_answers_without_jax(workdir, undisturbed):
+    """Whose import takes longer than all the rest."""
+    shutil.copytree(undisturbed, workdir)
+    program = (
+        "import sys; from vmapbn_flax.cli.main import run_program as run; sys.modules['jax'] = None; run(sys.argv[1:])"
+    )
+    command_line = [sys.executable, "-c", program, "train", CONFIG, f"--workdir={workdir}"]
+    run = subprocess.run(command_line, capture_output=True, text=True, check=True)
+    assert run.stderr == f"{workdir}: finished at step {TOTAL}; a larger train.num_epochs continues it\n"
 
 
 @pytest.mark.parametrize("name", ["summary.json", "accuracy.png"])

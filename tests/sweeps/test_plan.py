@@ -106,6 +106,28 @@ def test_what_another_start_left_is_written_anew(tmp_path, monkeypatch):
         assert json.loads((directory / "config.json").read_text())["train"]["batch_size"] == 8
 
 
+# Of many members.
+
+
+def test_an_unchanged_member_is_not_checked_again(done, monkeypatch):
+    """Of thousands, that would take most of a resume."""
+    monkeypatch.setattr(plan, "load_config", None)
+    make(done, TWO)
+
+
+def test_a_table_of_many_groups(tmp_path, capsys):
+    """Those that train come first; the memory of equal ones is estimated once."""
+    many = {"seed": tuple(range(25))}
+    ledger = make(tmp_path, many, sweep_options__chunk=1)
+    ledger.mark([f"seed={seed}" for seed in range(10)], "done", 20)
+    capsys.readouterr()
+    make(tmp_path, many, sweep_options__chunk=1)
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line.split()[0] for line in lines if "seed=" in line]
+    assert shown == [*map(str, range(10, 25)), *map(str, range(5))]
+    assert lines[-1] == "and 5 more groups"
+
+
 # Changed, with or without the file that would say so.
 
 LOST = [[], ["config.json"], [f"{FIRST}/config.json"]]

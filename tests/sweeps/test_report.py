@@ -6,6 +6,7 @@ from tests.sweeps import test_sweep
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps import pictures
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.report import report
 from vmapbn_flax.sweeps.results import SELECTION, read_settings
@@ -13,9 +14,12 @@ from vmapbn_flax.sweeps.results import SELECTION, read_settings
 RATES, SEEDS = (1e-3, 1e-2, 1e-1), (0, 1)
 
 
-def write_sweep(workdir, accuracies, swept=None, statuses=None):
-    """A sweep as training leaves it, of which each member's last evaluation is given: (validation, test)."""
-    config = test_sweep.sweep_config(swept or {"optimizer__learning_rate": RATES, "seed": SEEDS})
+def write_sweep(workdir, accuracies, swept=None, statuses=None, stopped=None, **changes):
+    """A sweep as training leaves it, of which each member's last evaluation is given: (validation, test).
+
+    Those in `stopped` were stopped at a rung, at a rank.
+    """
+    config = test_sweep.sweep_config(swept or {"optimizer__learning_rate": RATES, "seed": SEEDS}, **changes)
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     ledger = Ledger(Workdir(workdir))
@@ -24,7 +28,10 @@ def write_sweep(workdir, accuracies, swept=None, statuses=None):
         (workdir / name).mkdir()
         lines = [{"step": step, SELECTION: validation * step / 20, "test_accuracy": test} for step in (10, 20)]
         (workdir / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        ledger.mark([name], (statuses or {}).get(name, "done"), 20)
+        ledger.mark([name], "stopped" if name in (stopped or {}) else (statuses or {}).get(name, "done"), 20)
+    for name, (rung, rank) in (stopped or {}).items():
+        ledger.members[name] |= {"rung": rung, "rank": rank}
+    ledger.write()
     return workdir
 
 
@@ -103,6 +110,68 @@ def test_every_kind_of_sweep_has_a_picture(swept, tmp_path):
     found = {member.name: (0.5 + 0.01 * i, 0.5) for i, member in enumerate(members)}
     report(Workdir(write_sweep(tmp_path / "sweep", found, swept)))
     assert (tmp_path / "sweep" / "sweep.png").exists()
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figures that are drawn."""
+    drawn = []
+    monkeypatch.setattr(pictures, "write_picture", lambda figure, output: drawn.append(figure))
+    return drawn
+
+
+def write_draws(workdir, size):
+    """A sweep of three drawn fields; the last members diverged, those before were stopped by a rung."""
+    swept = {
+        "optimizer__learning_rate": ("log_uniform", 1e-3, 1e-1),
+        "train__label_smoothing": ("uniform", 0.0, 0.2),
+        "model__norm": ("vmap", "none"),
+    }
+    members = test_sweep.random_members(swept, size)
+    rates = [member.values["optimizer.learning_rate"] for member in members]
+    found = {member.name: (0.5 + rate, 0.5 + rate) for member, rate in zip(members, rates, strict=True)}
+    names = list(found)
+    stopped = {name: (0, size - 6 + i) for i, name in enumerate(names[-6:-3])}
+    options = {"sweep_options__mode": "random", "sweep_options__size": size}
+    return write_sweep(workdir, found, swept, dict.fromkeys(names[-3:], "diverged"), stopped, **options)
+
+
+def test_a_picture_of_many_members_and_fields(figure, tmp_path, capsys):
+    """A grid of panels; the curves of all but the best are one artist."""
+    report(Workdir(write_draws(tmp_path / "sweep", 40)))
+    (drawn,) = figure
+    panels = {axes.get_xlabel(): axes for axes in drawn.axes}
+    rate, smoothing, norm, curves = (panels[name] for name in ("learning rate", "label smoothing", "norm", "step"))
+    assert (rate.get_xscale(), smoothing.get_xscale(), norm.get_xscale()) == ("log", "linear", "linear")
+    assert len(curves.lines) == 8
+    assert len(curves.collections) == 1 + 1 + 8  # the others, the ends of those that were stopped, bands
+    for panel in (rate, smoothing, norm):
+        rings, points = panel.collections
+        assert (len(rings.get_offsets()), len(points.get_offsets())) == (3, 34)
+        (crosses,) = panel.lines
+        assert len(crosses.get_xdata()) == 3
+        assert panel.get_ylim() == rate.get_ylim()
+
+
+def test_a_table_of_the_best(figure, tmp_path, capsys):
+    workdir = write_draws(tmp_path / "sweep", 40)
+    assert main(["report", str(workdir), "--top=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if " of 1 " in line] == ["1", "2"]
+    assert "the best 2 of 40 settings; --top=40 shows all" in lines
+    assert "40 members: 34 done, 3 stopped at rung 0, 3 diverged" in lines
+    fields = [line.split()[0] for line in lines if line.startswith(("  optimizer.", "  train.", "  model."))]
+    assert (fields[0], len(fields)) == ("optimizer.learning_rate", 3)
+    assert main(["report", str(workdir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if " of 1 " in line]) == 20
+
+
+def test_a_small_table_is_whole(tmp_path, capsys):
+    report(Workdir(write_sweep(tmp_path / "sweep", by_hand())))
+    printed = capsys.readouterr().err
+    assert "--top" not in printed
+    assert "rank correlation" not in printed  # of six members it would say nothing
 
 
 def test_what_a_member_did_alone_does_not_count(tmp_path):

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import saved, sweep_best, sweep_lr, sweep_norm, sweep_renorm, sweep_width
+from configs import saved, sweep_best, sweep_halving, sweep_lr, sweep_norm, sweep_renorm, sweep_width
 from tests.helpers import small
 from tests.helpers.runs import command
+from tests.runs.test_metrics import hparams_of
 from vmapbn_flax import default_config, load_run
 from vmapbn_flax.cli.main import main
 from vmapbn_flax.config import flat, validate
@@ -165,6 +166,7 @@ def test_random():
     assert {values["model.norm"] for values in first} == {"vmap", "none"}
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_between_two_close_numbers(seed):
     """At four digits this would be 1.0 again and again, which is no decay."""
@@ -190,10 +192,10 @@ def test_names_of_draws():
     assert all(0.25 <= float(name.split(",")[1].split("=")[1]) <= 0.251 for name in names)
 
 
-@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best])
+@pytest.mark.parametrize("module", [sweep_lr, sweep_norm, sweep_renorm, sweep_width, sweep_best, sweep_halving])
 def test_configs(module):
     members = expand(module.get_config())
-    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24]}.get(module, [5, 5, 5])
+    sizes = {sweep_lr: [15], sweep_width: [3, 3, 3, 3], sweep_best: [24], sweep_halving: [48]}.get(module, [5, 5, 5])
     assert [len(together) for together in program_groups(members)] == sizes
 
 
@@ -318,7 +320,10 @@ def test_eight_members_one_compilation(eight):
         directory = workdir / name
         files = {path.name for path in directory.iterdir() if "tfevents" not in path.name}
         assert files == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"}
-        assert any("tfevents" in path.name for path in directory.iterdir())
+        plugin = hparams_of(directory)
+        assert plugin["session_end_info"].session_end_info.status == 1  # a success
+        metrics = [info.name.tag for info in plugin["experiment"].experiment.metric_infos]
+        assert metrics == ["validation_accuracy", "validation_loss", "test_accuracy", "test_loss"]
         best = json.loads((directory / "summary.json").read_text())["best_step"]
         assert {path.name for path in (directory / "checkpoints").iterdir()} == {str(best), str(STEPS)}
     assert not any((workdir / "groups").glob("*"))
@@ -404,6 +409,7 @@ def test_member_equals_its_run(eight, member, tmp_path):
         assert saved[0][1] == saved[1][1]  # and what lies beside the state
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_batches_are_those_of_each_seed():
     configs = [member.config for member in expand(sweep_config({"seed": (3, 4, 5)}))]
     dataset = small.dataset(20)
@@ -464,13 +470,19 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
         run.train(expand(sick)[2].config, diverged)
 
 
-def test_group_of_which_all_diverge_ends(tmp_path):
+@pytest.mark.usefixtures("compiled_quickly")
+def test_group_of_which_all_diverge_ends(tmp_path, monkeypatch):
+    written = []  # how many members had diverged, at each write of the ledger
+    write = Ledger.write
+    monkeypatch.setattr(Ledger, "write", lambda ledger: written.append(ledger.count("diverged")) or write(ledger))
     config = sweep_config({"optimizer__learning_rate": (1e38, 2e38)}, train__max_skipped_steps=2)
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
+    assert 1 not in written  # those that diverge together are written together
     assert ledger.count("diverged") == 2
     assert all(entry["step"] < STEPS for entry in ledger.members.values())
     for name, entry in ledger.members.items():  # each as far as it came
         assert saved_steps(tmp_path / "sweep" / name / "checkpoints") == [entry["step"]]
+        assert hparams_of(tmp_path / "sweep" / name)["session_end_info"].session_end_info.status == 2  # a failure
     assert not any((tmp_path / "sweep" / "groups").glob("*"))
 
 
@@ -523,6 +535,7 @@ def test_group_that_fails(on_failure, statuses, tmp_path, monkeypatch):
     assert again.members["hidden=4"]["reason"] == ""
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_new_values_are_new_groups(copy_of_eight):
     before = figures(copy_of_eight)
     more = sweep_config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2)})
@@ -561,6 +574,7 @@ def test_damaged_ledger(copy_of_eight, content):
         sweep.train_sweep(sweep_config(), copy_of_eight)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_finished_member_continues_alone(copy_of_eight):
     name = "learning_rate=0.03,seed=1"
     config = saved.get_config(str(copy_of_eight / name))

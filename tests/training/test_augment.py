@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
+from tests.helpers.quick import jit
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.augment import make_augment
@@ -22,7 +23,7 @@ def images(shape=(6, 7), count=500):
 
 
 def augmented(names, before):
-    return np.asarray(jax.jit(make_augment(names, before.shape[1:]))(KEY, jnp.array(before)))
+    return np.asarray(jit(make_augment(names, before.shape[1:]))(KEY, jnp.array(before)))
 
 
 @pytest.mark.parametrize("shape", [(6, 7), (6, 7, 3)])
@@ -88,6 +89,7 @@ def make(*configs, devices=None, streamed=False):
     return Programs(list(configs), dataclasses.replace(small.dataset(), streamed=streamed), devices)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_every_step_changes_its_batch_anew():
     config, plain = small.config(data__augment=ALL), small.config()
     first = make(config)
@@ -100,8 +102,9 @@ def test_every_step_changes_its_batch_anew():
 
 def test_the_same_bits_in_parts_and_streamed():
     config = small.config(data__augment=ALL)
-    (whole,) = trained(make(config), [(0, 6), (6, 4)])
-    (parts,) = trained(make(config), [(0, 1), (1, 5), (6, 3), (9, 1)])
+    in_memory = make(config)
+    (whole,) = trained(in_memory, [(0, 6), (6, 4)])
+    (parts,) = trained(in_memory, [(0, 1), (1, 5), (6, 3), (9, 1)])
     small.assert_same_bits(parts, whole)
     config.data.memory_limit = 4.1 * small.BATCH * (small.FEATURES + 4) / 1e9
     streamed = make(config, streamed=True)

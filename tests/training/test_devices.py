@@ -13,9 +13,11 @@ from tests.helpers import small
 from vmapbn_flax import default_config
 from vmapbn_flax.errors import UsageError
 from vmapbn_flax.runs.checkpoints import Checkpoints, restore
-from vmapbn_flax.training import compiler, mesh
+from vmapbn_flax.training import mesh
 from vmapbn_flax.training.layout import InBatches
 from vmapbn_flax.training.programs import Programs
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 STEPS = 50
 HIDDEN = (6, 5)
@@ -23,14 +25,6 @@ PARAMETERS = 12 * 6 + 2 * 6 + 6 * 5 + 2 * 5 + (5 * 4 + 4)
 # Adam, which shows more than SGD: it makes steps of full size even of a gradient that is rounding alone.
 CHANGES = {"train__num_epochs": 20.0, "model__hidden": HIDDEN}
 GHOSTS = {"train__batch_size": 24, "model__ghost_batch_size": 8}  # three groups
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unoptimised():
-    """All of these programs, which take longer to compile than to run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "_CPU_OPTIONS", compiler._UNOPTIMISED)
-        yield
 
 
 @functools.cache

@@ -11,12 +11,15 @@ import pytest
 
 from configs import own_network
 from tests.helpers import small
+from tests.helpers.quick import jit
 from vmapbn_flax.networks import choose_network
 from vmapbn_flax.nn.batch_norm import BatchedBatchNorm
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.members import member_bytes
 from vmapbn_flax.training.programs import Programs
 from vmapbn_flax.training.steps import make_loss
+
+quick = pytest.mark.usefixtures("compiled_quickly")
 
 NAME = f"{__name__}:Net"
 SGD = {"optimizer__name": "sgd", "optimizer__warmup_epochs": 0.0}
@@ -65,15 +68,17 @@ def plain():
 
 @pytest.mark.slow
 def test_the_same_bits_in_parts_and_streamed():
-    (whole,), (parts,) = trained(plain()), trained(plain(), [(0, 5), (5, 1), (6, 3), (9, 1)])
+    in_memory = make(config())
+    (whole,), (parts,) = trained(in_memory), trained(in_memory, [(0, 5), (5, 1), (6, 3), (9, 1)])
     small.assert_same_bits(parts, whole)
     streamed = make(config(data__memory_limit=4.1 * small.BATCH * (small.FEATURES + 4) / 1e9), streamed=True)
     (read,) = trained(streamed)
     small.assert_same_bits(read, whole)
-    assert streamed.evaluate(jax.device_put(read)) == plain().evaluate(jax.device_put(whole))
+    assert streamed.evaluate(jax.device_put(read)) == in_memory.evaluate(jax.device_put(whole))
     streamed.close()
 
 
+@quick
 @pytest.mark.parametrize("limit", [0, pytest.param(2**30, marks=pytest.mark.slow)])
 def test_on_many_devices(limit):
     """A batch of 16 over 3 devices, which hold all images or a share of each."""
@@ -85,19 +90,22 @@ def test_on_many_devices(limit):
     small.assert_close(statistics, plain().population_statistics(jax.device_put(whole)))
 
 
+@quick
 def test_members_of_a_sweep():
     configs = [config(seed=seed, optimizer__learning_rate=rate) for seed, rate in ((0, 1e-2), (1, 1e-2), (0, 1e-1))]
     for member, alone in zip(trained(make(*configs)), configs, strict=True):
         small.assert_close(member, trained(make(alone))[0])
 
 
+@quick
 def test_the_batched_twin():
     small.assert_close(trained(make(config(model__norm="batched")))[0], trained(plain())[0])
 
 
+@quick
 def test_ghost_batches_are_groups_of_their_own():
     ghost, state = config(model__ghost_batch_size=4), plain().create()
-    losses = [jax.jit(make_loss(each.model, small.CLASSES)) for each in (ghost, config())]
+    losses = [jit(make_loss(each.model, small.CLASSES)) for each in (ghost, config())]
     batch, hyper = small.batch(), small.hyper(ghost)
     arguments = (state.params, state.batch_stats, hyper)
     got, (logits, _, stats) = losses[0](*arguments, batch, state.step)
@@ -108,15 +116,21 @@ def test_ghost_batches_are_groups_of_their_own():
     small.assert_close(stats, small.mean([stats for _, (_, _, stats) in each]))
 
 
-def test_dropout_is_a_function_of_seed_and_step():
+def test_dropout_has_the_same_bits_in_parts():
     dropping = make(config(model__width=2))
     (whole,), (parts,) = trained(dropping), trained(dropping, [(0, 5), (5, 1), (6, 4)])
     small.assert_same_bits(parts, whole)
+
+
+@quick
+def test_dropout_differs_from_step_to_step():
+    dropping = make(config(model__width=2))
     state = dropping.create()
     first, second = (dropping.gradients(state.replace(step=jnp.int32(step)), 0)[0] for step in (0, 1))
     assert not np.allclose(first, second)
 
 
+@quick
 def test_population_statistics_by_hand():
     """Layer by layer, in the order of calls, which is not that of names: over spatial positions too, in float64."""
     (state,) = trained(plain())

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import oracle, small
+from tests.helpers.quick import jit
 from vmapbn_flax.training import steps
 from vmapbn_flax.training.evaluation import make_evaluate
 from vmapbn_flax.training.metrics import TrainMetrics, compute
@@ -90,7 +91,7 @@ def test_one_step_by_hand(norm):
     state = state if norm != "none" else without_norm(state)
     state = state.replace(opt_state=make_optimizer(small.config(**changes).optimizer, hyper, 0.0).init(state.params))
     batch = small.batch()
-    new, metrics = small.train_step(**changes, model__norm=norm)(state, hyper, batch)
+    new, metrics = jit(small.step_of(small.config(**changes, model__norm=norm)))(state, hyper, batch)
 
     loss, correct, params, stats = step_in_float64(state.params, hyper, batch, norm != "none")
     small.assert_close(new.params, params, rtol=1e-5, atol=1e-6)
@@ -121,7 +122,7 @@ def test_padded_batch_is_the_batch(norm):
     config = small.config(model__norm=norm)
     hyper = small.hyper(config, train__label_smoothing=0.1)
     state = small.start() if norm != "none" else without_norm(small.start())
-    measure, batch = jax.jit(gradient(config)), small.batch()
+    measure, batch = jit(gradient(config)), small.batch()
     small.assert_close(measure(state, hyper, small.pad(batch, 24)), measure(state, hyper, batch), atol=1e-7)
 
 
@@ -139,9 +140,9 @@ def test_ghost_batches_are_groups_of_their_own(norm):
     ghost, plain = small.config(model__norm=norm, model__ghost_batch_size=4), small.config(model__norm=norm)
     hyper, state, batch = small.hyper(ghost, train__label_smoothing=0.1), small.start(), small.batch()
     groups = Batch(batch.images.reshape(4, 4, *small.IMAGE), batch.labels.reshape(4, 4))
-    each = jax.jit(jax.vmap(gradient(plain), in_axes=(None, None, 0)))(state, hyper, groups)
+    each = jit(jax.vmap(gradient(plain), in_axes=(None, None, 0)))(state, hyper, groups)
     expected = jax.tree.map(lambda leaf: leaf.mean(0), each)
-    measure = jax.jit(gradient(ghost))
+    measure = jit(gradient(ghost))
     small.assert_close(measure(state, hyper, batch), expected, atol=1e-7)
     small.assert_close(measure(state, hyper, small.pad(batch, 24)), expected, atol=1e-7)
 
@@ -276,13 +277,13 @@ def test_no_steps_change_nothing():
 def test_batches_are_those_of_the_epoch_s_permutation():
     sgd = {"optimizer__name": "sgd"}  # for Adam two programs of one step are not the same, as `small.members` says
     programs, train = small.programs(**sgd), small.dataset().train
-    images, state = train.images, programs.create()
+    images, state, train_step = train.images, programs.create(), jit(small.step_of(small.config(**sgd)))
     for epoch in range(2):
         order = epoch_permutation(0, epoch, len(train))
         for i in range(small.STEPS_PER_EPOCH):
             rows = order[i * small.BATCH : (i + 1) * small.BATCH]
             batch = Batch(jnp.array(images[rows]), jnp.array(train.labels[rows]))
-            state, _ = small.train_step(**sgd)(state, programs.hyper, batch)
+            state, _ = train_step(state, programs.hyper, batch)
     # The metrics are sums over exactly those examples.
     got = advance([small.STEPS_PER_EPOCH] * 2, **sgd)
     assert got.metrics.loss.count == 2 * small.STEPS_PER_EPOCH * small.BATCH
@@ -320,7 +321,7 @@ def four_pixels():
 def test_evaluation_by_hand(size):
     params, images, labels, answers = four_pixels()
     config = small.config(model__norm="none", model__hidden=(4,), train__eval_batch_size=size)
-    evaluate = jax.jit(make_evaluate(config.model, config.train.eval_batch_size, 4))
+    evaluate = jit(make_evaluate(config.model, config.train.eval_batch_size, 4))
     metrics, _ = evaluate(params, {}, small.hyper(config), jnp.array(images), jnp.array(labels))
     correct = (answers == labels).sum()
     assert metrics.loss.count == metrics.accuracy.count == 2500
@@ -337,7 +338,7 @@ def test_evaluation_by_hand_of_sixteen():
     labels = (answers[:16] + 1) % 4
     labels[[3, 11]] = answers[[3, 11]]
     config = small.config(model__norm="none", model__hidden=(4,), train__eval_batch_size=5)
-    evaluate = jax.jit(make_evaluate(config.model, config.train.eval_batch_size, 4))
+    evaluate = jit(make_evaluate(config.model, config.train.eval_batch_size, 4))
     metrics, _ = evaluate(params, {}, small.hyper(config), jnp.array(images[:16]), jnp.array(labels))
     assert compute(metrics)["accuracy"] == 2 / 16
 

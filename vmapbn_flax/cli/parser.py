@@ -180,6 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("report", "rank the members of a sweep and draw them", "The sweep may still be running.")
     command.add_argument("workdir", **workdir | {"help": "of a sweep, such as runs/sweep_lr"})
+    command.add_argument("--top", type=_count, default=20, metavar="N", help="settings in the table; default: 20")
 
     command = add("figure", "draw a sweep as in the paper's figure 1", "The sweep may still be running.")
     command.add_argument("workdir", **workdir | {"help": "of a sweep of configs/paper.py, such as runs/paper"})

@@ -9,5 +9,5 @@ from vmapbn_flax.sweeps.report import report
 
 def run(arguments: argparse.Namespace, started: float) -> int:
     """Prints the ranking and draws the picture."""
-    report(Workdir(arguments.workdir), file=sys.stdout)
+    report(Workdir(arguments.workdir), file=sys.stdout, top=arguments.top)
     return 0

@@ -3,8 +3,12 @@
 import argparse
 
 from vmapbn_flax.cli import environment
-from vmapbn_flax.config import is_sweep, validate
+from vmapbn_flax.config import is_sweep, validate, without_distributed
 from vmapbn_flax.data import bundled
+from vmapbn_flax.errors import UsageError
+from vmapbn_flax.runs.finished import changes_of, finished
+from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps.ledger import refuse_unfinished_member
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
@@ -16,12 +20,18 @@ def run(arguments: argparse.Namespace, started: float) -> int:
 
         return 1 if train_sweep(config, path).count("failed") else 0
     validate(config)
+    if config.sweep_options.halving:
+        raise UsageError(
+            f"config.sweep_options.halving: got {config.sweep_options.halving} without values in config.sweep, "
+            f"expected 0 for a single run. Sweep a field, or leave it out."
+        )
+    workdir, alone = Workdir(path), config.distributed.num_processes <= 1
+    refuse_unfinished_member(workdir)
+    if alone and finished(workdir, changes_of(workdir, without_distributed(config)), shown=True):
+        return 0
     if config.data.name == bundled.NAME:
-        bundled.read_ahead(config.data.dir)  # during the imports below
+        bundled.read_ahead(config.data.dir)  # during the import below
     from vmapbn_flax.runs.train import train
-    from vmapbn_flax.runs.workdir import Workdir
-    from vmapbn_flax.sweeps.ledger import refuse_unfinished_member
 
-    refuse_unfinished_member(Workdir(path))
     train(config, path, started)
     return 0

@@ -18,12 +18,10 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Num
 
+from vmapbn_flax.nn.axes import AxisName, as_axes, is_mapped, missing_axis
 from vmapbn_flax.nn.checks import merge_train, require_weights
-from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting, inverse_sqrt
+from vmapbn_flax.nn.moments import Moments, batch_moments, broadcasting, inverse_sqrt, unbiased_var
 from vmapbn_flax.nn.positions import spread
-
-AxisName = str | tuple[str, ...]
-_ROUNDING = 1e-6  # of a sample size, in float32
 
 Mask = Bool[Array, "*masked"] | Num[Array, "*masked"]
 
@@ -162,13 +160,13 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 correction = self._correction(running, moments)
                 self._update(running, moments, weights)
-            centred, var = moments.centred, moments.var
-            replicas = tuple(filter(_is_mapped, as_axes(self.replica_axis_name)))
+            centred, multiplier = moments.centred, moments.multiplier(self.epsilon)
+            replicas = tuple(filter(is_mapped, as_axes(self.replica_axis_name)))
             broadcast = partial(spread, x=x, axis_name=axis_name, replica_axis_name=replicas)
         else:
-            centred, var = x - running["mean"].value, running["var"].value
+            centred, multiplier = x - running["mean"].value, inverse_sqrt(running["var"].value + self.epsilon)
             broadcast = jnp.asarray
-        multiplier, shift = inverse_sqrt(jnp.asarray(var + self.epsilon)), bias
+        shift = bias
         if correction is not None:
             multiplier = multiplier * correction.factor
             added = correction.shift if scale is None else correction.shift * scale
@@ -183,11 +181,11 @@ class BatchNorm(nn.Module):
     def _batch_axes(self, x: Array) -> tuple[str, ...]:
         """The named axes of the batch, once they and its size are known to be right."""
         axis_name, replicas = as_axes(self.axis_name), as_axes(self.replica_axis_name)
-        missing = [name for name in axis_name + replicas if not _is_mapped(name)]
+        missing = [name for name in axis_name + replicas if not is_mapped(name)]
         if self.is_initializing():  # any batch will do, one example alone too
             return tuple(name for name in axis_name if name not in missing)
         if missing:
-            raise NameError(self._missing_axis(missing[0]))
+            raise NameError(f"{self._label()}: {missing_axis(missing[0], self.axis_name, self.replica_axis_name)}")
         if math.prod(x.shape[:-1]) * math.prod(map(lax.axis_size, axis_name)) == 1:
             raise ValueError(
                 f"{self._label()}: got a training batch of one value per feature, whose variance is zero and "
@@ -206,21 +204,18 @@ class BatchNorm(nn.Module):
                 f"expected {' or '.join(map(str, self._mask_shapes(x)))}."
             )
         require_weights(mask, self._label())
-        weights = mask.astype(jnp.finfo(x.dtype).dtype).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        weights = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        if mask.dtype != jnp.bool:
+            weights = weights.astype(jnp.finfo(x.dtype).dtype)
         return jnp.broadcast_to(weights, (*x.shape[:-1], 1))
 
     def _update(self, running: dict[str, nn.Variable], moments: Moments, weights: Array | None) -> None:
         """Moves the running statistics towards those of the batch, averaged over the replica axes."""
-        count, var = moments.weight, moments.var
+        var = moments.var
         if self.unbiased_running_var:
-            size = count
-            if weights is not None:
-                squares = lax.psum(jnp.sum(weights * weights), as_axes(self.axis_name))
-                size = count * (count / jnp.where(squares > 0, squares, 1))  # exactly count, if all weights are 0 or 1
-            # A size within rounding of one is one: a single value has all the weight.
-            var = var * jnp.where(size > 1 + _ROUNDING, size / jnp.maximum(size - 1, _ROUNDING), 1)
+            var = unbiased_var(moments, weights, as_axes(self.axis_name))
         replicas = as_axes(self.replica_axis_name)
-        present = jnp.asarray(count > 0, var.dtype)
+        present = jnp.asarray(moments.weight > 0, var.dtype)
         groups, mean, var = lax.psum((present, present * moments.mean, present * var), replicas)
         some = groups > 0
         groups = jnp.maximum(groups, 1)
@@ -244,16 +239,6 @@ class BatchNorm(nn.Module):
     def _label(self) -> str:
         return f"{type(self).__name__} {'/'.join(self.path)}".rstrip()
 
-    def _missing_axis(self, name: str) -> str:
-        mapped = as_axes(self.replica_axis_name) + as_axes(self.axis_name)
-        line = f"VmapBatch(module, axis_name={mapped[0] if len(mapped) == 1 else mapped!r})"
-        return (
-            f"{self._label()}: got train=True where no axis is named {name!r}; expected the axes of the "
-            f"layer's axis_name={self.axis_name!r} and replica_axis_name={self.replica_axis_name!r} to be "
-            f"mapped around it. Supply them with {line}, the outermost axis first. Evaluation (train=False) "
-            f"needs no axis."
-        )
-
 
 class BatchedBatchNorm(BatchNorm):
     """The textbook layer: `BatchNorm` on a whole batch, `(batch, *spatial, features)`.
@@ -267,18 +252,3 @@ class BatchedBatchNorm(BatchNorm):
 
     def _mask_shapes(self, x: Array) -> list[tuple[int, ...]]:
         return list(dict.fromkeys([x.shape[:1], x.shape[:-1], (*x.shape[:-1], 1)]))
-
-
-def as_axes(axis_name: AxisName | None) -> tuple[str, ...]:
-    """No name, one or several, as a tuple."""
-    if axis_name is None:
-        return ()
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-
-
-def _is_mapped(name: str) -> bool:
-    try:
-        lax.axis_size(name)
-    except NameError:
-        return False
-    return True

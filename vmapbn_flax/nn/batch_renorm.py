@@ -14,7 +14,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from vmapbn_flax.nn.batch_norm import AxisName, BatchedBatchNorm, BatchNorm, Correction
+from vmapbn_flax.nn.axes import AxisName
+from vmapbn_flax.nn.batch_norm import BatchedBatchNorm, BatchNorm, Correction
 from vmapbn_flax.nn.moments import Moments
 
 

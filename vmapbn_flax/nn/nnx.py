@@ -16,7 +16,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int, Num
 
 from vmapbn_flax.nn import batch_norm, batch_renorm
-from vmapbn_flax.nn.batch_norm import AxisName, Mask
+from vmapbn_flax.nn.axes import AxisName
+from vmapbn_flax.nn.batch_norm import Mask
 from vmapbn_flax.nn.checks import require_bool
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -23,8 +23,11 @@ def totals(terms: Sequence[Inexact[Array, "*positions _"]], axis_name: tuple[str
         if _takes_steps(x, axis_name):
             *outer, width, features = x.shape
             x = lax.optimization_barrier(jnp.sum(x.reshape(*outer, -1, _piece(width), features), -2))
-            # Example by example, then over the batch: a sum of many numbers in a row loses digits.
-            x = lax.optimization_barrier(jnp.sum(x, tuple(range(0 if axis_name else 1, x.ndim - 1))))
+            # Example by example, then over the batch: a sum of many numbers in a row loses digits. The sum of an
+            # example is a product with ones: a second sum would be fused with the first, to a slow one over two axes.
+            examples = () if axis_name else outer[:1]
+            x = x.reshape(*examples, -1, features)
+            x = _own_to_each(jnp.ones((*examples, 1, x.shape[-2]), x.dtype), axis_name) @ x
         return jnp.sum(x, tuple(range(x.ndim - 1)))
 
     return lax.psum([own(x) for x in terms], axis_name)
@@ -39,14 +42,19 @@ def spread(
     """`v` for each example, in a shape that broadcasts to that of `x`."""
     if not _takes_steps(x, axis_name):
         return v
-    # Adding an integer zero of each example makes `v` differ between examples as far as `vmap` knows. Otherwise the
-    # gradient would be summed over the batch and over positions at once, outside `vmap`.
-    for name in axis_name + replica_axis_name:
-        v = v + (0 * lax.axis_index(name)).astype(v.dtype)
+    # Otherwise the gradient would be summed over the batch and over positions at once, outside `vmap`.
+    v = _own_to_each(v, axis_name + replica_axis_name)
     *outer, width, features = x.shape
     piece = _piece(width)
     v = lax.optimization_barrier(jnp.broadcast_to(v, (*outer, width // piece, 1, features)))
     return jnp.broadcast_to(v, (*outer, width // piece, piece, features)).reshape(x.shape)
+
+
+def _own_to_each(v: Array, axis_name: tuple[str, ...]) -> Array:
+    """`v`, which from here on differs between examples as far as `vmap` knows: an integer zero of each is added."""
+    for name in axis_name:
+        v = v + (0 * lax.axis_index(name)).astype(v.dtype)
+    return v
 
 
 def _piece(width: int) -> int:

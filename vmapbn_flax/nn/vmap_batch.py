@@ -10,7 +10,8 @@ import numpy as np
 from flax.core.scope import DenyList
 from jaxtyping import Array, Num
 
-from vmapbn_flax.nn.batch_norm import AxisName, BatchNorm, Mask, as_axes
+from vmapbn_flax.nn.axes import AxisName, as_axes
+from vmapbn_flax.nn.batch_norm import BatchNorm, Mask
 from vmapbn_flax.nn.checks import require_bool, require_weights
 
 _SHARED = ("params", "batch_stats")

@@ -30,7 +30,7 @@ _PARTIAL = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is bein
 
 
 class Checkpoints:
-    """The checkpoints of one run, or of runs that train together, `<directory>/<step>/`: the latest two and each best.
+    """The checkpoints of one run, or of runs that train together, `<directory>/<step>/`: the latest and each best.
 
     Saves run in the background; `close` waits for them, and every way out must call it. Many processes save together,
     each its own shards, into a directory that all of them see. orbax's CheckpointManager is not used: where a save
@@ -39,13 +39,14 @@ class Checkpoints:
     Args:
       directory: of the checkpoints; made if it does not exist.
       alone: whether this process saves by itself, without the others.
+      latest: how many of the latest are kept.
 
     Raises:
       RunError: a save failed. A save in the background raises at a later call.
     """
 
-    def __init__(self, directory: Path, *, alone: bool = False):
-        self._directory = directory.absolute()
+    def __init__(self, directory: Path, *, alone: bool = False, latest: int = 2):
+        self._directory, self._latest = directory.absolute(), latest
         self._first = alone or jax.process_index() == 0
         self._kept: set[int] | None = None
         self._saving = self._directory
@@ -63,7 +64,7 @@ class Checkpoints:
           step: of `state`.
           state: a tree of arrays that nothing changes: numpy arrays or, in many processes, global arrays.
           meta: JSON to save beside the state.
-          best_steps: the steps whose checkpoints are kept beside the latest two.
+          best_steps: the steps whose checkpoints are kept beside the latest.
         """
         saved = self.steps()
         if step not in saved:
@@ -71,7 +72,7 @@ class Checkpoints:
             meta = {"step": step, **meta, "versions": versions()}
             with self._failures():
                 self._checkpointer.save(self._saving, args=save_items(_to_arrays(state), meta))
-        self._kept = {*sorted({*saved, step})[-2:], *best_steps}
+        self._kept = {*sorted({*saved, step})[-self._latest :], *best_steps}
 
     def _write_sums(self) -> None:
         """Called by orbax when all files are written, before the directory gets its name."""

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import make_directory
+from vmapbn_flax.files import in_threads, make_directory
 from vmapbn_flax.multihost.processes import Processes
 from vmapbn_flax.runs.checkpoints import Checkpoints
 from vmapbn_flax.runs.console import Progress
@@ -40,6 +40,8 @@ class Loop:
       directory: of the checkpoints, each of which holds all the runs.
       train: the section `train` of the config, which is the same for all the runs.
       started: `time.monotonic()` when the work on the runs began.
+      own: whether the runs start from checkpoints of their own, where `directory` has none.
+      end: the step to train to; None for the last one.
 
     Attributes:
       step: of the runs.
@@ -58,21 +60,24 @@ class Loop:
         train: ConfigDict,
         processes: Processes,
         started: float,
+        *,
+        own: bool = False,
+        end: int | None = None,
     ):
         self._records, self._programs, self._train = records, programs, train
         self._processes = processes
         self.timing = Timing(programs.compiler, started)
         self._eval_steps = max(1, steps_in(train.eval_every, programs.steps_per_epoch))
+        self._end = programs.total_steps if end is None else end
         self._pending: list[Callable[[], None]] = []  # rows and checks for the next agreement
-        restored = restore_runs(directory, programs, records, processes)
+        restored = restore_runs(directory, programs, records, processes, own=own)
         self.step = self.first_step = restored[1]["step"] if restored else 0
         programs.compile_ahead(self.step)
         self.state: TrainState = programs.place(restored[0]) if restored else programs.create()
         with processes.together():
             if processes.first:  # not left to orbax: if it failed there, the others would wait
                 make_directory(directory)  # and before `open` cuts off rows
-            for record in self._records:
-                record.open(self.step)
+            in_threads(lambda record: record.open(self.step), self._records)
         self._checkpoints = Checkpoints(directory)
 
     @property
@@ -91,7 +96,7 @@ class Loop:
         on_divergence: Callable[[list[tuple[Record, int]]], None],
         on_save: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """Steps, rows, evaluations and checkpoints up to the last step, or until every run has diverged.
+        """Steps, rows, evaluations and checkpoints up to `end`, or until every run has diverged.
 
         Args:
           received: the signals of this process; more may arrive at any time.
@@ -116,7 +121,7 @@ class Loop:
                 on_save(self.step)
             if signum:
                 raise Interrupted(signum, self.step)
-            if self.step == self._programs.total_steps or not self.active:
+            if self.step >= self._end or not self.active:
                 return
             count = min(most_steps, self._next_stop() - self.step)
             traced = profile and self.step > self.first_step
@@ -187,12 +192,13 @@ class Loop:
         ]
         for record, _ in found:
             record.diverged = True
+            self._pending.append(partial(record.write_hparams, failed=True))
         return found
 
     def _evaluation_due(self) -> bool:
         due = self.step > 0 and self.step % self._eval_steps == 0
         done = all(record.is_evaluated(self.step) for record in self.active)
-        return (due or self.step == self._programs.total_steps) and not done
+        return (due or self.step >= self._end) and not done
 
     def _evaluate(self) -> list[dict[str, float]]:
         """The figures of every run, none for a diverged one; prepares the evaluation rows."""
@@ -211,8 +217,7 @@ class Loop:
     def save(self) -> None:
         """Saves the state in the background, with the records' descriptions; first, all rows go to the disk."""
         with self.timing.clock("checkpoint"):
-            for record in self.active:
-                record.flush()
+            in_threads(Record.flush, self.active)
             meta = {"data": self._programs.described, "runs": [record.described() for record in self._records]}
             self._checkpoints.save(self.step, self._programs.snapshot(self.state), meta, self._best_steps())
 

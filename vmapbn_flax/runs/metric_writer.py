@@ -32,9 +32,14 @@ class MetricWriter:
         """Fills TensorBoard's tabs of distributions and histograms; each has the percentiles 0 to 100."""
         self._events.add_histograms(percentiles, step)
 
-    def write_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
-        """Fills TensorBoard's hparams tab, which shows the last of each of the scalars `metrics`."""
-        self._events.add_hparams(hparams, metrics)
+    def write_hparams(
+        self, hparams: Mapping[str, object], *, swept: Sequence[str], metrics: Sequence[str], failed: bool
+    ) -> None:
+        """Fills the run's row in TensorBoard's hparams tab; the run may have `failed`.
+
+        Of a sweep's member, the columns that come first are the hparams `swept` and the scalars `metrics`.
+        """
+        self._events.add_hparams(hparams, swept=swept, metrics=metrics, failed=failed)
 
     def flush(self) -> None:
         self._log.flush()

@@ -58,7 +58,8 @@ def scale_accuracy(axes: Any) -> None:
 
     The accuracies 0 and 1, which few examples can give, have no logit: then the scale stays linear.
     """
-    if all(0 < accuracy < 1 for line in axes.lines for accuracy in line.get_ydata()):
+    low, high = axes.dataLim.intervaly
+    if low > 0 and high < 1:
         axes.set_yscale("logit")
         axes.yaxis.set_major_locator(FixedLocator(_ACCURACIES))
         axes.yaxis.set_minor_locator(NullLocator())

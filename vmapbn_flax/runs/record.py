@@ -20,6 +20,10 @@ class Record:
 
     Every process has the records of its runs. Only where the workdir `writes` are the files written.
 
+    Args:
+      selection: the metric that the best evaluation has the most of.
+      swept: the names of the fields in which a sweep's member differs from others.
+
     Attributes:
       name: of a sweep's member; "" for a solo run.
       config, workdir: of the run.
@@ -27,11 +31,11 @@ class Record:
       diverged: whether the run has diverged; nothing more is written then.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Workdir, selection: str, name: str = ""):
+    def __init__(self, config: ConfigDict, workdir: Workdir, selection: str, name: str = "", swept: Sequence[str] = ()):
         self.config, self.workdir, self.name = config, workdir, name
         self.rows: list[dict[str, Any]] = []
         self.diverged = False
-        self._selection = selection
+        self._selection, self._swept = selection, swept
         self._writer: MetricWriter | None = None
 
     def open(self, step: int) -> None:
@@ -98,14 +102,18 @@ class Record:
         """The best evaluation at one of the steps `saved`, by the selection metric; None without any."""
         return best_row(self.rows, self._selection, saved)
 
+    def write_hparams(self, *, failed: bool = False) -> None:
+        """Writes TensorBoard's hparams; the run may have `failed`."""
+        if self._writer:
+            metrics = [f"{split}_{name}" for split in ("validation", "test") for name in ("accuracy", "loss")]
+            self._writer.write_hparams(flat(self.config), swept=self._swept, metrics=metrics, failed=failed)
+
     def finish(self, step: int, saved: Sequence[int], seconds: Mapping[str, float], device: str) -> dict[str, Any]:
         """Writes TensorBoard's hparams and the summary; returns the summary."""
         best = self.best_row(saved)
         assert best is not None, "the last step is evaluated"
         evaluation = {name: value for name, value in self.rows[-1].items() if name != "step"}
-        if self._writer:
-            metrics = [name for name in evaluation if not name.endswith("_count")]
-            self._writer.write_hparams(flat(self.config), metrics)
+        self.write_hparams()
         self.flush()
         summary = {
             "step": step,

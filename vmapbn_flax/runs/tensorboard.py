@@ -11,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from tensorboardX import summary
+from tensorboardX.proto.api_pb2 import Status
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from vmapbn_flax.files import AppendFile
+
+_DIFFERS = b"\x38\x01"  # `differs = true` of TensorBoard's HParamInfo, a later field than tensorboardX knows
 
 
 class EventFile(AppendFile):
@@ -44,12 +48,26 @@ class EventFile(AppendFile):
                 values.append(Summary.Value(tag=tag, histo=histogram))
         self._append(step=step, summary=Summary(value=values))
 
-    def add_hparams(self, hparams: Mapping[str, object], metrics: Sequence[str]) -> None:
-        """Fills the hparams tab, which shows the last of each of the scalars `metrics`."""
+    def add_hparams(
+        self, hparams: Mapping[str, object], *, swept: Sequence[str], metrics: Sequence[str], failed: bool
+    ) -> None:
+        """Fills the run's row in the hparams tab: `hparams`, and the last of each of its scalars.
+
+        Of a sweep's member, the columns that come first are the hparams `swept` and the scalars `metrics`. Where there
+        are other runs alone, TensorBoard finds out which hparams differ, and lists all scalars.
+        """
         # TensorBoard has no lists, and tensorboardX leaves out values of types that it does not know.
         known = {key: value if isinstance(value, int | float) else str(value) for key, value in hparams.items()}
-        for part in summary.hparams(known, dict.fromkeys(metrics)):
-            self._append(summary=part)
+        experiment, start, end = (part.value[0] for part in summary.hparams(known, dict.fromkeys(metrics)))
+        content = HParamsPluginData.FromString(experiment.metadata.plugin_data.content)
+        for info in content.experiment.hparam_infos:
+            if info.name in swept:
+                info.MergeFromString(_DIFFERS)
+        experiment.metadata.plugin_data.content = content.SerializeToString()
+        if failed:  # tensorboardX ends every run in success
+            content = HParamsPluginData(session_end_info=SessionEndInfo(status=Status.Value("STATUS_FAILURE")))
+            end.metadata.plugin_data.content = content.SerializeToString()
+        self._append(summary=Summary(value=[*([experiment] if swept else []), start, end]))
 
     def _append(self, **content: object) -> None:
         """Writes a TFRecord: the length and the event, each followed by its checksum."""

@@ -10,13 +10,13 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vmapbn_flax import signals
-from vmapbn_flax.config import flat, resume_changes, validate, without_distributed
+from vmapbn_flax.config import flat, validate, without_distributed
 from vmapbn_flax.data import Dataset, load_dataset
 from vmapbn_flax.errors import RunError
-from vmapbn_flax.files import read_json
 from vmapbn_flax.multihost.processes import Processes, joined
 from vmapbn_flax.runs.checkpoints import versions
 from vmapbn_flax.runs.console import Progress, say, table
+from vmapbn_flax.runs.finished import changes_of, finished
 from vmapbn_flax.runs.loop import Loop, import_pictures
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.workdir import Workdir
@@ -85,10 +85,8 @@ def _train(
     config: ConfigDict, workdir: Workdir, dataset: Dataset, programs: Programs, processes: Processes, started: float
 ) -> dict[str, Any]:
     """Trains the run in a locked workdir."""
-    changes = resume_changes(workdir.read_config(), config) if workdir.config.exists() else None
-    if summary := _finished(workdir, changes):
-        if processes.first:
-            say(f"{workdir}: finished at step {summary['step']}; a larger train.num_epochs continues it")
+    changes = changes_of(workdir, config)
+    if summary := finished(workdir, changes, shown=processes.first):
         return summary
     record = Record(config, workdir, programs.selection)
     with signals.deferred() as received:
@@ -102,17 +100,6 @@ def _train(
             with Progress(loop.step, programs.total_steps, shown=processes.first) as progress:
                 loop.run(received, progress, on_divergence=lambda runs: _refuse(*runs[0], loop, programs))
             return _finish(loop, record, programs, processes)
-
-
-def _finished(workdir: Workdir, changes: Sequence[str] | None) -> dict[str, Any] | None:
-    """The summary of a finished run; None if there is none, or if `changes` of the config outdate it."""
-    path = workdir.summary
-    if changes is None or not path.exists() or any("train.num_epochs" in change for change in changes):
-        return None
-    summary = read_json(path)
-    if not isinstance(summary.get("step"), int):
-        raise RunError(f"{path}: got no step in it, expected what a finished run wrote there. Remove it and run again.")
-    return summary
 
 
 def _start(workdir: Workdir, config: ConfigDict, changes: Sequence[str] | None) -> None:

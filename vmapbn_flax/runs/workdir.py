@@ -28,6 +28,7 @@ class Workdir:
       profile: the directory of a trace of a few steps.
       refresh: the figures before and after a refresh, JSON; marks a workdir of refreshed statistics.
       ledger: the members and groups of a sweep, JSON; marks the workdir of a sweep.
+      proposals: a copy of what a sweep proposed and reached, for Optuna's dashboard; an SQLite database.
       sweep_picture: the validation accuracy of a sweep's members, drawn.
       figure: a sweep with and without batch norm, drawn as in figure 1 of Ioffe & Szegedy (2015).
     """
@@ -42,6 +43,7 @@ class Workdir:
         self.profile = path / "profile"
         self.refresh = path / "refresh.json"
         self.ledger = path / "sweep.json"
+        self.proposals = path / "optuna.db"
         self.sweep_picture = path / "sweep.png"
         self.figure = path / "figure.png"
         self._lock_file = path / ".lock"

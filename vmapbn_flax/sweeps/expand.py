@@ -1,26 +1,23 @@
 """A sweep's config expanded to members, and the members divided into groups that train together."""
 
-import difflib
 import itertools
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from vmapbn_flax.config import flat, restore_config, validate, without_distributed
 from vmapbn_flax.defaults import default_config
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.fields import FIELDS, MOST_MEMBERS
-from vmapbn_flax.networks import choose_network, displayed
+from vmapbn_flax.networks import choose_network
 from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps.ledger import Ledger
+from vmapbn_flax.sweeps.space import Choices, Range, Space, draw, find, plain, read_space
 
-_DISTRIBUTIONS = ("uniform", "log_uniform")
-_LARGEST = 1e300  # number; the difference of two bounds is one, too
 _LONGEST_NAME = 200  # characters; file systems end at 255
 _DIGITS = range(4, 18)  # of a drawn number in a name, the fewest that do; 17 tell all numbers apart
 
@@ -33,33 +30,26 @@ class Member(NamedTuple):
     values: dict[str, Any]  # of the swept fields, by their dotted names
 
 
-def expand(config: ConfigDict) -> list[Member]:
+def expand(config: ConfigDict, proposals: Sequence[Any] | None = None) -> list[Member]:
     """The members of the sweep that `config` describes, in a fixed order.
+
+    Args:
+      config: with values in `config.sweep`.
+      proposals: of the mode "optuna", the values of its members so far, as the ledger has them. By default members are
+        drawn as in the mode "random", which shows whether the config can be used.
 
     Raises:
       UsageError: a swept field does not exist, its values cannot be used, or two members are the same.
     """
-    base = config.copy_and_resolve_references()
-    with base.unlocked():
-        base.sweep = ConfigDict()
-    fields = flat(base)
-    sweep = {name: _values(name, values, fields) for name, values in flat(config.sweep).items()}
-    if not sweep:
-        raise UsageError(
-            "config.sweep: got nothing to sweep, expected at least one field, as in config.sweep.seed = (0, 1)"
-        )
-    validate(base)
-    base = without_distributed(base)
-    labels = _labels(sweep)
+    base, space = read_sweep(config)
+    labels = _labels(space)
     members: list[Member] = []
     taken: set[str] = set()
-    for values in _COMBINE[base.sweep_options.mode](sweep, fields, base.sweep_options):
-        values = {name: _typed(name, value, fields[name]) for name, value in values.items()}
-        member_config = _with(base, values)
-        if "model.name" in values:
-            values["model.name"] = displayed(values["model.name"])
+    for values in _COMBINE[base.sweep_options.mode](space, base.sweep_options, proposals):
+        member_config = with_values(base, values)
+        values = {name: plain(value) for name, value in values.items()}
         for digits in _DIGITS:  # later members yield: more draws leave the names of the first ones as they are
-            spelled = {field: _spell(value, sweep[field], digits) for field, value in values.items()}
+            spelled = {field: _spell(value, space[field], digits) for field, value in values.items()}
             name = ",".join(f"{labels[field]}={text}" for field, text in spelled.items())
             if name not in taken:
                 break
@@ -69,8 +59,32 @@ def expand(config: ConfigDict) -> list[Member]:
             validate(members[-1].config)
         except UsageError as error:
             raise UsageError(f"config.sweep, member {name}: {error}") from None
+        member_config.sweep_options.halving = 0  # a run alone has no rungs
     _check(members)
     return members
+
+
+def read_sweep(config: ConfigDict) -> tuple[ConfigDict, Space]:
+    """What the members of the sweep have in common, a config without a sweep; and what they choose from.
+
+    Raises:
+      UsageError: a field or its values cannot be used.
+    """
+    base = config.copy_and_resolve_references()
+    with base.unlocked():
+        base.sweep = ConfigDict()
+    sweep = flat(config.sweep)
+    if not sweep:
+        raise UsageError(
+            "config.sweep: got nothing to sweep, expected at least one field, as in config.sweep.seed = (0, 1)"
+        )
+    validate(base)
+    if base.sweep_options.halving and "train.num_epochs" in sweep:
+        raise UsageError(
+            "config.sweep.train.num_epochs: got values of it with sweep_options.halving, expected none: after as many "
+            "epochs, members of different lengths cannot be compared. Sweep them without halving."
+        )
+    return without_distributed(base), read_space(sweep, flat(base), base.sweep_options.mode)
 
 
 def read_members(workdir: Workdir) -> list[Member]:
@@ -81,49 +95,35 @@ def read_members(workdir: Workdir) -> list[Member]:
     """
     config = restore_config(default_config(), workdir.read_config(), str(workdir.config))
     try:
-        return expand(config)
+        return expand(config, Ledger(workdir).proposed)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
         raise RunError(f"{workdir.config}: got a config that does not fit ({error}), expected a sweep's") from None
 
 
-def _values(name: str, values: Any, fields: Mapping[str, Any]) -> tuple:
-    if name not in fields or name.startswith(("sweep", "mesh", "distributed")):
-        close = difflib.get_close_matches(name, fields, n=1)
-        raise UsageError(
-            f"config.sweep.{name}: got a field that a run's config does not have, expected one of "
-            f"vmapbn_flax.default_config(){f', such as {close[0]}' if close else ''}"
-        )
-    if not isinstance(values, tuple) or not values:
-        raise UsageError(
-            f"config.sweep.{name}: got {values!r}, expected a tuple of at least one value, such as ({fields[name]!r},)"
-        )
-    if not all(abs(value) < _LARGEST for value in values if isinstance(value, int | float)):
-        raise UsageError(f"config.sweep.{name}: got {values!r}, expected numbers below {_LARGEST:g}")
-    return values
-
-
-def _product(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
-    if (count := math.prod(map(len, sweep.values()))) > MOST_MEMBERS:
+def _product(space: Space, options: ConfigDict, proposals: Any) -> Iterator[dict[str, Any]]:
+    choices = _choices(space)
+    if (count := math.prod(map(len, choices.values()))) > MOST_MEMBERS:
         raise UsageError(f"config.sweep: got {count} members, expected at most {MOST_MEMBERS}. Sweep fewer values.")
-    for values in itertools.product(*sweep.values()):
-        yield dict(zip(sweep, values, strict=True))
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(space, values, strict=True))
 
 
-def _zip(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
-    lengths = {name: len(values) for name, values in sweep.items()}
+def _zip(space: Space, options: ConfigDict, proposals: Any) -> Iterator[dict[str, Any]]:
+    choices = _choices(space)
+    lengths = {name: len(values) for name, values in choices.items()}
     if len(set(lengths.values())) > 1:
         raise UsageError(f"config.sweep: got {lengths} values to zip, expected as many of each field")
-    for values in zip(*sweep.values(), strict=True):
-        yield dict(zip(sweep, values, strict=True))
+    for values in zip(*choices.values(), strict=True):
+        yield dict(zip(space, values, strict=True))
 
 
-def _random(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: ConfigDict) -> Iterator[dict[str, Any]]:
+def random_draws(space: Space, options: ConfigDict, proposals: Any = None) -> Iterator[dict[str, Any]]:
     """Distinct draws; more draws, or a further field, leave the first ones as they are."""
-    drawn = []
+    drawn: set[str] = set()
     for number in range(100 * options.size):
-        values = {name: _draw(name, leaf, fields[name], (options.seed, number)) for name, leaf in sweep.items()}
-        if values not in drawn:
-            drawn.append(values)
+        values = draw(space, (options.seed, number))
+        if repr(values) not in drawn:
+            drawn.add(repr(values))
             yield values
         if len(drawn) == options.size:
             return
@@ -132,42 +132,22 @@ def _random(sweep: Mapping[str, tuple], fields: Mapping[str, Any], options: Conf
     )
 
 
-_COMBINE = {"product": _product, "zip": _zip, "random": _random}
+def _optuna(space: Space, options: ConfigDict, proposals: Any) -> Iterator[dict[str, Any]]:
+    if proposals is None:
+        yield from random_draws(space, options)
+    else:
+        yield from (find(space, proposed) for proposed in proposals[: options.size])
 
 
-def _draw(name: str, leaf: tuple, field: Any, seed: tuple[int, int]) -> Any:
-    """One value from `leaf`, drawn by `seed` and `name` alone."""
-    rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
-    if leaf[0] not in _DISTRIBUTIONS:
-        return leaf[rng.integers(len(leaf))]
-    kind, *bounds = leaf
-    numbers = len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
-    if not (numbers and -math.inf < bounds[0] < bounds[1] < math.inf and (kind == "uniform" or bounds[0] > 0)):
-        order = "low < high" if kind == "uniform" else "0 < low < high"
-        raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected ('{kind}', low, high) with {order}")
-    if isinstance(field, bool) or not isinstance(field, int | float):
-        raise UsageError(f"config.sweep.{name}: got {leaf!r}, expected choices, for {field!r} is no number")
-    low, high = bounds
-    value = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
-    value = min(max(value, low), high)  # exp and log may round out of the bounds
-    return round(value) if isinstance(field, int) else float(value)
+def _choices(space: Space) -> dict[str, tuple]:
+    return {name: dimension.values for name, dimension in space.items() if isinstance(dimension, Choices)}
 
 
-def _typed(name: str, value: Any, field: Any) -> Any:
-    """`value` in the type of `field`, the value that it replaces."""
-    if isinstance(field, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(field, tuple) and isinstance(value, list):
-        return tuple(value)
-    if type(value) is not type(field):
-        hint = "; distributions are for sweep_options.mode=random" if value in _DISTRIBUTIONS else ""
-        raise UsageError(
-            f"config.sweep.{name}: got the value {value!r}, expected a {type(field).__name__} like {field!r}{hint}"
-        )
-    return value
+_COMBINE = {"product": _product, "zip": _zip, "random": random_draws, "optuna": _optuna}
 
 
-def _with(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+def with_values(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """The config of the member with these `values`."""
     config = base.copy_and_resolve_references()
     choose_network(config, values.get("model.name", config.model.name))
     config.update_from_flattened_dict(values)
@@ -180,15 +160,14 @@ def _labels(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
     return {name: label if last.count(label) == 1 else name for name, label in zip(names, last, strict=True)}
 
 
-def _spell(value: Any, leaf: tuple, digits: int) -> str:
+def _spell(value: Any, dimension: Choices | Range, digits: int) -> str:
     """`value` as a part of a file's name: no separators, quotes or blanks.
 
-    A number drawn from the distribution `leaf` is rounded to `digits` digits, or the fewest more that keep it within
-    its bounds.
+    A number drawn from a range is rounded to `digits` digits, or the fewest more that keep it within its bounds.
     """
-    if leaf[0] in _DISTRIBUTIONS and isinstance(value, float):
+    if isinstance(dimension, Range) and isinstance(value, float):
         rounded = (float(f"{value:.{more}g}") for more in range(digits, _DIGITS.stop))
-        value = next(number for number in rounded if leaf[1] <= number <= leaf[2])
+        value = next(number for number in rounded if dimension.low <= number <= dimension.high)
     text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return re.sub(r"[^A-Za-z0-9._+-]", "_", text)
 

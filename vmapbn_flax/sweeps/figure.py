@@ -65,8 +65,8 @@ def plot_figure(workdir: Workdir) -> None:
 
 def _in_order(workdir: Workdir, settings: Sequence[Setting]) -> list[Setting]:
     """The settings, in the order of the config instead of their rank."""
-    names = [member.name for member in read_members(workdir)]
-    return sorted(settings, key=lambda setting: names.index(setting.members[0].name))
+    places = {member.name: place for place, member in enumerate(read_members(workdir))}
+    return sorted(settings, key=lambda setting: places[setting.members[0].name])
 
 
 def _draw_accuracy(axes: Any, settings: Sequence[Setting], name: str) -> None:

@@ -19,9 +19,10 @@ class SweepProgress(Progress):
     def start(self, number: int, names: Sequence[str], total_steps: int) -> None:
         """Shows that the group `number`, whose members take `total_steps` each, is next."""
         self._number, self._names, self._total_steps = number, names, total_steps
-        # The steps of later groups are not known yet; in most sweeps all members take equally many.
-        self._bar.total = total_steps * len(self._ledger.members)
-        self._bar.n = sum(entry["step"] for entry in self._ledger.members.values())
+        # The steps of later groups are not known yet; in most sweeps all members that are not over take equally many.
+        members = self._ledger.members.items()
+        self._bar.total = sum(entry["step"] if self._ledger.is_over(name) else total_steps for name, entry in members)
+        self._bar.n = sum(entry["step"] for _, entry in members)
         self._show()
 
     def advance(self, count: int) -> None:
@@ -40,6 +41,6 @@ class SweepProgress(Progress):
         self._bar.set_postfix_str(self._state())
 
     def _state(self) -> str:
-        counts = ", ".join(f"{self._ledger.count(status)} {status}" for status in ("done", "diverged"))
+        counts = ", ".join(f"{self._ledger.count(status)} {status}" for status in ("done", "stopped", "diverged"))
         best = f", best validation_accuracy {self._best[0]:.4f} of {self._best[1]}" if self._best else ""
         return f"{counts} of {len(self._ledger.members)}{best}"

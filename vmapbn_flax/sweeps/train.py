@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,18 +11,22 @@ from ml_collections import ConfigDict
 from vmapbn_flax import signals
 from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
-from vmapbn_flax.files import remove_directory
+from vmapbn_flax.files import in_threads, remove_directory
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore
+from vmapbn_flax.runs.checkpoints import Checkpoints, restore, saved_steps
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.train import facts, held
 from vmapbn_flax.runs.workdir import Workdir
+from vmapbn_flax.sweeps.batches import Batches
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
-from vmapbn_flax.sweeps.plan import Datasets, make_plan
+from vmapbn_flax.sweeps.plan import Datasets, divide
 from vmapbn_flax.sweeps.progress import SweepProgress
+from vmapbn_flax.sweeps.proposals import require_optuna
+from vmapbn_flax.sweeps.results import SELECTION
+from vmapbn_flax.sweeps.rungs import rank, rung_epochs, rung_step
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
 
@@ -42,6 +46,8 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     members = {member.name: member for member in expand(config)}
+    if config.sweep_options.mode == "optuna":
+        require_optuna()
     mesh.divide_cpu(config.mesh, sweep=True, processes=config.distributed.num_processes)
     with joined(**config.distributed) as processes:
         workdir, datasets = Workdir(path, writes=processes.first), Datasets()
@@ -49,20 +55,19 @@ def train_sweep(config: ConfigDict, path: Path) -> Ledger:
         for member in members.values():
             validate_sizes(member.config, len(datasets.load(member.config).train))
         with held(workdir, processes):
-            ledger = Ledger(workdir)
-            with processes.together() as agreement:
-                if processes.first:
-                    ledger = make_plan(config, workdir, members, datasets)
-                    agreement.say(ledger=ledger.content)
-            ledger.update(agreement.heard[0]["ledger"])
+            batches = Batches(config, workdir, members, datasets, processes)
+            batches.start()
             with signals.deferred() as received:
-                _Sweep(config, workdir, ledger, members, datasets, processes, received).train()
+                sweep = _Sweep(config, workdir, batches.ledger, batches.members, datasets, processes, received)
+                sweep.train()
+                while batches.extend():
+                    sweep.train()
             if processes.first:
                 # Not before: it imports matplotlib, which training imports while the devices work.
                 from vmapbn_flax.sweeps.report import report
 
                 report(workdir)
-        return ledger
+        return batches.ledger
 
 
 class _Sweep:
@@ -84,16 +89,17 @@ class _Sweep:
         self._compiled_for: tuple[int, str] | None = None
 
     def train(self) -> None:
-        """Trains every group with members that are not over."""
+        """Trains every member that is not over to its end, or to the rung that stops it."""
         # Failures that can strike one group and spare the next: a full disk, a damaged checkpoint, out of memory. With
         # many processes only an error that all of them raise, or the others would wait.
         alone = self._processes.count == 1
         failures = (RunError, MemoryError, jax.errors.JaxRuntimeError) if alone else SharedError
         step = 0
         with SweepProgress(self._ledger, shown=self._processes.first) as progress:
-            for number, names in enumerate(self._ledger.groups):
-                # Where members are over but this is still there, they do not all have checkpoints of their own.
-                if all(map(self._ledger.is_over, names)) and not self._workdir.group_checkpoints(number).exists():
+            for number in self._numbers():
+                names = self._ledger.groups[number]
+                # Where members are trained but this is still there, they do not all have checkpoints of their own.
+                if self._ledger.is_trained(number) and not self._workdir.group_checkpoints(number).exists():
                     self._remove_group(number)
                     continue
                 with self._processes.together() as agreement:
@@ -113,6 +119,38 @@ class _Sweep:
                     continue
                 self._remove_group(number)
 
+    def _numbers(self) -> Iterator[int]:
+        """The numbers of the groups, those that are added at rungs included."""
+        number = 0
+        while number < len(self._ledger.groups) or self._rank():
+            yield number
+            number += 1
+
+    def _rank(self) -> bool:
+        """Ranks the members that wait at a rung, unless others have failed before it; returns whether it did."""
+        ledger = self._ledger
+        waiting = {name: ledger.members[name]["step"] for name in self._members if ledger.is_waiting(name)}
+        if not waiting:
+            return False
+        if failed := ledger.count("failed"):
+            if self._processes.first:
+                say(f"warning: {len(waiting)} members wait at their rung for {failed} that failed; run again")
+            return False
+        with self._processes.together() as agreement:
+            if self._processes.first:
+                ranked = rank(self._workdir, waiting)
+                kept = max(1, len(ranked) // self._options.halving)
+                rung, best = ledger.rung(ranked[0]), {*ranked[:kept]}
+                epochs = rung_epochs(self._options, rung)
+                reached = f"rung {rung}, after {epochs:g} epoch{'s' * (epochs != 1)}"
+                members = [self._members[name] for name in waiting if name in best]
+                in_threads(lambda name: self._write_hparams(name, waiting[name]), ranked[kept:])
+                ledger.rank(ranked, kept, reached, divide(members, self._options, self._datasets))
+                say(f"{reached}: {kept} of {len(ranked)} members train on")
+                agreement.say(ledger=ledger.content)
+        ledger.update(agreement.heard[0]["ledger"])
+        return True
+
     def _remove_group(self, number: int) -> None:
         """Removes the group's checkpoints, or what a kill left of that."""
         if self._processes.first:
@@ -122,14 +160,15 @@ class _Sweep:
         started, configs = time.monotonic(), [self._members[name].config for name in names]
         programs = self._programs_of(configs)
         progress.start(number, names, programs.total_steps)
-        records = []
-        for name, config in zip(names, configs, strict=True):
-            records.append(Record(config, self._workdir.member(name), programs.selection, name))
-            records[-1].diverged = self._ledger.members[name]["status"] == "diverged"
+        records = [self._record(name) for name in names]
+        for record in records:
+            record.diverged = self._ledger.members[record.name]["status"] == "diverged"
         with self._processes.together():
             self._ledger.mark(names, "running")
         checkpoints = self._workdir.group_checkpoints(number)
-        loop = Loop(records, checkpoints, programs, configs[0].train, self._processes, started)
+        rung = self._ledger.rung(names[0])
+        end = rung_step(self._options, rung, configs[0].train, programs)
+        loop = Loop(records, checkpoints, programs, configs[0].train, self._processes, started, own=rung > 0, end=end)
         with contextlib.closing(loop):
             loop.run(
                 self._received,
@@ -139,6 +178,16 @@ class _Sweep:
             )
             self._finish(loop, records, checkpoints, programs)
         return loop.step
+
+    def _record(self, name: str) -> Record:
+        member = self._members[name]
+        return Record(member.config, self._workdir.member(name), SELECTION, name, tuple(member.values))
+
+    def _write_hparams(self, name: str, step: int) -> None:
+        """Writes TensorBoard's hparams of a member that a rung stops at `step`."""
+        record = self._record(name)
+        record.open(step)
+        record.write_hparams()
 
     def _programs_of(self, configs: Sequence[ConfigDict]) -> Programs:
         """The programs for members with these configs; compiled ones if the last group had the same size and kind."""
@@ -162,10 +211,11 @@ class _Sweep:
             for record, step in diverged:
                 most = record.config.train.max_skipped_steps
                 reason = f"{most} steps in a row not finite, up to step {step}"
-                self._ledger.mark([record.name], "diverged", step, reason)
+                self._ledger.mark([record.name], "diverged", step, reason, write=False)
+            self._ledger.write()
 
     def _finish(self, loop: Loop, records: Sequence[Record], checkpoints: Path, programs: Programs) -> None:
-        """Writes each member's own checkpoints and summary, and marks it done."""
+        """Writes each member's own checkpoints, and marks it: at the end done, with a summary, at a rung waiting."""
         steps = loop.saved_steps()
         with self._processes.together() as agreement:  # process 0 may still have removed some
             agreement.say(steps=steps)
@@ -174,33 +224,40 @@ class _Sweep:
             self._save_members(records, checkpoints, steps, programs)
         with self._processes.together():
             device, seconds = mesh.device_name(programs.devices), loop.timing.seconds()
-            for record in loop.active:
-                record.finish(loop.step, steps, seconds, device)
-            self._ledger.mark([record.name for record in loop.active], "done", loop.step)
+            done = loop.step == programs.total_steps
+
+            def finish(record: Record) -> None:
+                record.finish(loop.step, [*steps, *saved_steps(record.workdir.checkpoints)], seconds, device)
+
+            in_threads(finish, loop.active if done else ())
+            self._ledger.mark([record.name for record in loop.active], "done" if done else "waiting", loop.step)
 
     def _save_members(
         self, records: Sequence[Record], checkpoints: Path, steps: Sequence[int], programs: Programs
     ) -> None:
         """Saves the best and the last checkpoint of each member on this process's devices, taken from the group's.
 
-        They are those of a run alone: the member can be evaluated, refreshed and continued.
+        They are those of a run alone: the member can be evaluated, refreshed and continued. Those of the rung before
+        are removed, but for the best.
         """
         members: dict[int, set[int]] = {}  # whose checkpoint is to be taken from the group's, by its step
+        best_steps: dict[int, int] = {}
         for i, owner in enumerate(programs.owners()):
             if owner == self._processes.index:
-                best = records[i].best_row(steps)
-                for step in {steps[-1], best["step"] if best else steps[-1]}:
+                best = records[i].best_row([*steps, *saved_steps(records[i].workdir.checkpoints)])
+                best_steps[i] = best["step"] if best else steps[-1]
+                for step in {steps[-1], best_steps[i]}:
                     members.setdefault(step, set()).add(i)
-        for step in sorted(members):
+        for step in sorted(members.keys() & {*steps}):
             state, meta = restore(checkpoints, step, programs.template())
             own, numbers = programs.split(state), sorted(members[step])
             for first in range(0, len(numbers), _SAVES_AT_ONCE):
                 with contextlib.ExitStack() as stack:  # its end waits for the saves
                     for i in numbers[first : first + _SAVES_AT_ONCE]:
-                        saved = Checkpoints(records[i].workdir.checkpoints, alone=True)
+                        saved = Checkpoints(records[i].workdir.checkpoints, alone=True, latest=1)
                         stack.callback(saved.close)
                         described = {"data": programs.described, "runs": [{**meta["runs"][i], "name": ""}]}
-                        saved.save(int(own[i].step), own[i], described)
+                        saved.save(int(own[i].step), own[i], described, [best_steps[i]])
 
 
 def _kind(error: Exception) -> str:

@@ -123,7 +123,7 @@ class Programs:
         self._by_step = (
             jax.default_backend() == "cpu"
             and (self.count == 1 or self.layout.count == 1)
-            and has_convolutions(self._shapes.params)
+            and has_convolutions(self.member_template.params)
         )
 
         def make_train(name: str, *, freeze_norm: bool = False) -> Program:
@@ -151,7 +151,7 @@ class Programs:
         self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
 
     @functools.cached_property
-    def _shapes(self) -> TrainState:
+    def member_template(self) -> TrainState:
         """The shapes and types of the state of one member."""
         return jax.eval_shape(self._create_one, self._hypers[0])
 
@@ -173,7 +173,11 @@ class Programs:
 
     def template(self) -> TrainState:
         """The shapes and types of a saved state: for several members with a leading axis, without padding."""
-        return self._members.template(self._shapes)
+        return self._members.template(self.member_template)
+
+    def stack(self, states: Sequence[TrainState]) -> TrainState:
+        """A state in the form of `template`, from one of each member, on the host."""
+        return self._members.stack(states)
 
     def create(self) -> TrainState:
         """The state before the first step."""
