@@ -101,7 +101,7 @@ class Stacked:
         one_member = _replace_one(function, own)
 
         def mapped(states: PyTree, *arguments: PyTree) -> PyTree:
-            # In place. `lax.map` has an array more for its results, which a chunk of steps would pass through as well.
+            # In place: `lax.map` has another array for its results, which each call fills with zeros and copies back.
             return lax.fori_loop(
                 0, self.rows_each, lambda number, states: one_member(states, *arguments, number), states
             )
