@@ -1,6 +1,6 @@
-"""Compiling in a fifth of the time, for tests that compile for longer than they run.
+"""Compiling in a fifth of the time (jaxlib 0.10; 0.12: two thirds), for tests that compile for longer than they run.
 
-The code is several times as slow, and rounds differently. Whatever asserts equal bits of two runs, the last digits of a
+The code is slower, and rounds differently. Whatever asserts equal bits of two runs, the last digits of a
 layer or the instructions of a program compiles as users do.
 """
 

@@ -218,7 +218,7 @@ BAD = [
     ({"optimizer__lerning_rate": (1.0,)}, {}, r"config\.sweep\.optimizer\.lerning_rate: .*optimizer\.learning_rate"),
     ({"model__norm": ("vmap", "layer")}, {}, "member norm=layer: config.model.norm: got 'layer'"),
     ({"model__norm": ("vmap", 3)}, {}, r"config\.sweep\.model\.norm: got the value 3, expected a str"),
-    ({"optimizer__learning_rate": ("log_uniform", 0.1, 1.0)}, {}, "distributions are for .* random and optuna"),
+    ({"optimizer__learning_rate": ("log_uniform", 0.1, 1.0)}, {}, "distributions are for the .* random and optuna"),
     ({"seed": (0, 1)}, {"data__validation_size": 0}, r"config\.data\.validation_size: got 0 for the member seed=0"),
     ({"seed": (0, 1)}, {"sweep_options__mode": "grid"}, r"config\.sweep_options\.mode: got 'grid'"),
     ({"seed": (0, 1), "model__norm": ("vmap",)}, {"sweep_options__mode": "zip"}, "expected as many of each field"),
