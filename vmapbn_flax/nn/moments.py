@@ -159,7 +159,7 @@ def unbiased_var(moments: Moments, weights: Array | None, axis_name: tuple[str, 
     """The variance times n / (n - 1), where n is the number of values; of weights, Kish's effective sample size."""
     size = count = moments.weight
     if weights is not None:
-        root = _inverse_root(count)
+        root = _inverse_root(jnp.asarray(count))
         weights, count = weights.astype(root.dtype) * root * root, count * root * root
         squares = lax.psum(jnp.sum(weights * weights), axis_name)
         size = count * (count / jnp.where(squares > 0, squares, 1))  # exactly count, if all weights are 0 or 1
