@@ -135,9 +135,15 @@ def _may_change(name: str, before: dict, now: dict) -> bool:
 
 
 def flat(config: ConfigDict | dict) -> dict[str, Any]:
-    """The fields of `config`, which may be one in JSON, by dotted name."""
+    """The fields of `config`, which may be one in JSON, by dotted name.
+
+    Raises:
+      ValueError: a field in JSON has a dot in its name.
+    """
     fields: dict[str, Any] = {}
     for name, value in config.items():
+        if "." in name:  # only in JSON
+            raise ValueError(f"a field called {name!r}")
         if isinstance(value, ConfigDict | dict):
             fields |= {f"{name}.{inner}": leaf for inner, leaf in flat(value).items()}
         else:

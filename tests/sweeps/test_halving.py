@@ -27,13 +27,13 @@ from vmapbn_flax.training.programs import Programs
 RATES, SEEDS = (0.1, 0.3, 1.0, 3.0), (1, 3)
 HALVING = {"sweep_options__halving": 3}
 RUNG = {"sweep_options__first_rung": 0.8, "train__eval_every": 0.8}
+SWEPT = {"optimizer__learning_rate": RATES, "seed": SEEDS}
 RUNGS, END = (4, 12), 20  # steps: after 0.8 and 2.4 epochs, and of 4
 
 
 def config(swept=None, **changes):
     """A sweep of small runs, 5 steps to an epoch, which are evaluated every 4 steps."""
-    swept = swept or {"optimizer__learning_rate": RATES, "seed": SEEDS}
-    return sweep_config(swept, data__name="small", mesh__member=2, **RUNG, **changes)
+    return sweep_config(swept or SWEPT, data__name="small", mesh__member=2, **RUNG, **changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -311,7 +311,7 @@ def test_other_rungs_are_refused(tmp_path):
         (HALVING | {"train__eval_every": 0.4, "sweep_options__first_rung": 1.6}, r"first_rung: 0\.8 -> 1\.6"),
     ):
         with pytest.raises(RunError, match=message):
-            sweep.train_sweep(sweep_config(data__name="small", mesh__member=2, **RUNG | changes), tmp_path)
+            sweep.train_sweep(sweep_config(SWEPT, data__name="small", mesh__member=2, **RUNG | changes), tmp_path)
     make_plan(tmp_path, **HALVING)
 
 

@@ -348,6 +348,8 @@ def test_trials(trainer, no_mirror, tmp_path):
         members, [("done", 15), ("diverged", 15), ("stopped", 10), ("failed", 5), ("done", 20)], strict=True
     ):
         ledger.members[member.name] |= {"status": status, "step": step}
+        if status == "stopped":
+            ledger.members[member.name] |= {"rung": 0, "rank": 5}
     trials = Proposer(config, workdir).trials(members, ledger)
     assert [(trial.state, trial.value) for trial in trials] == [
         (TrialState.COMPLETE, rows[2]["validation_accuracy"]),  # it has been continued alone since

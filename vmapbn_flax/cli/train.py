@@ -25,10 +25,12 @@ def run(arguments: argparse.Namespace, started: float) -> int:
             f"config.sweep_options.halving: got {config.sweep_options.halving} without values in config.sweep, "
             f"expected 0 for a single run. Sweep a field, or leave it out."
         )
-    workdir, alone = Workdir(path), config.distributed.num_processes <= 1
+    workdir = Workdir(path)
     refuse_unfinished_member(workdir)
-    if alone and finished(workdir, changes_of(workdir, without_distributed(config)), shown=True):
-        return 0
+    if config.distributed.num_processes <= 1 and workdir.summary.exists():
+        with workdir.lock():
+            if finished(workdir, changes_of(workdir, without_distributed(config)), shown=True):
+                return 0
     if config.data.name == bundled.NAME:
         bundled.read_ahead(config.data.dir)  # during the import below
     from vmapbn_flax.runs.train import train

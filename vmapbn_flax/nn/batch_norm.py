@@ -164,7 +164,10 @@ class BatchNorm(nn.Module):
             replicas = tuple(filter(is_mapped, as_axes(self.replica_axis_name)))
             broadcast = partial(spread, x=x, axis_name=axis_name, replica_axis_name=replicas)
         else:
-            centred, multiplier = x - running["mean"].value, inverse_sqrt(running["var"].value + self.epsilon)
+            centred, multiplier = (
+                x - running["mean"].value,
+                inverse_sqrt(jnp.asarray(running["var"].value + self.epsilon)),
+            )
             broadcast = jnp.asarray
         shift = bias
         if correction is not None:
