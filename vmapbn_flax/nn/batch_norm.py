@@ -164,10 +164,8 @@ class BatchNorm(nn.Module):
             replicas = tuple(filter(is_mapped, as_axes(self.replica_axis_name)))
             broadcast = partial(spread, x=x, axis_name=axis_name, replica_axis_name=replicas)
         else:
-            centred, multiplier = (
-                x - running["mean"].value,
-                inverse_sqrt(jnp.asarray(running["var"].value + self.epsilon)),
-            )
+            centred = x - running["mean"].value
+            multiplier = inverse_sqrt(jnp.asarray(running["var"].value + self.epsilon))
             broadcast = jnp.asarray
         shift = bias
         if correction is not None:
