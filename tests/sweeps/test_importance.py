@@ -61,7 +61,7 @@ def test_values_that_are_no_numbers():
     assert found.share == pytest.approx(1 - (1 - between / total) * 19 / 18)
 
 
-@pytest.mark.parametrize("count", [FEWEST, 48, 500])
+@pytest.mark.parametrize("count", [FEWEST, 48, pytest.param(500, marks=pytest.mark.slow)])
 def test_chance(count):
     """A field without effect exceeds the share that is said of chance in about one of twenty sweeps."""
     exceeded = 0
