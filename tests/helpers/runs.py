@@ -54,6 +54,7 @@ def mirrored(workdir):
     storage = optuna.storages.RDBStorage(f"sqlite:///{workdir}/optuna.db")
     (study,) = optuna.get_all_study_summaries(storage)
     trials = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
+    storage.remove_session()
     storage.engine.dispose()
     return [(trial.user_attrs["member"], trial.state.name, trial.value) for trial in trials]
 

@@ -36,11 +36,12 @@ def mirror(trials: Sequence["FrozenTrial"], workdir: Workdir) -> None:
 
 def _add(trials: Sequence["FrozenTrial"], path: Path, name: str) -> None:
     import optuna
+    from sqlalchemy.pool import NullPool
 
     with quiet():
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _PATIENCE}}
-        )
+        # Without a pool a connection is closed after its use, also where the database turns out to be damaged.
+        options = {"poolclass": NullPool, "connect_args": {"timeout": _PATIENCE}}
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=options)
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             there = study.get_trials(deepcopy=False)
@@ -48,7 +49,7 @@ def _add(trials: Sequence["FrozenTrial"], path: Path, name: str) -> None:
                 raise ValueError("its trials are others")
             study.add_trials(trials[len(there) :])
         finally:
-            storage.engine.dispose()
+            storage.remove_session()
 
 
 def _content(trial: "FrozenTrial") -> tuple:
