@@ -1,4 +1,7 @@
-"""Checkpoints: orbax saves and restores them, and SHA-256 sums of their files show damage."""
+"""Checkpoints: orbax saves and restores them, and SHA-256 sums of their files show damage.
+
+orbax is imported by the first save or restore: a new run takes its first steps before that.
+"""
 
 import contextlib
 import functools
@@ -8,19 +11,20 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from vmapbn_flax.errors import RunError
 from vmapbn_flax.files import require_shallow
-from vmapbn_flax.runs.checkpointer import make_reader, make_saver, save_items
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.shapes import require_fit
 from vmapbn_flax.runs.sums import require_whole, write_sums
 from vmapbn_flax.training.trees import named_leaves
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import AsyncCheckpointer
 
 State = TypeVar("State")
 Arrays = dict[str, Any]
@@ -50,7 +54,8 @@ class Checkpoints:
         self._first = alone or jax.process_index() == 0
         self._kept: set[int] | None = None
         self._saving = self._directory
-        self._checkpointer = make_saver(alone=alone, before_commit=self._write_sums)
+        self._alone = alone
+        self._checkpointer: AsyncCheckpointer | None = None
         with self._failures():
             if self._first:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,11 @@ class Checkpoints:
         if step not in saved:
             self._saving = self._directory / str(step)
             meta = {"step": step, **meta, "versions": versions()}
+            from vmapbn_flax.runs.checkpointer import make_saver, save_items
+
             with self._failures():
+                if self._checkpointer is None:
+                    self._checkpointer = make_saver(alone=self._alone, before_commit=self._write_sums)
                 self._checkpointer.save(self._saving, args=save_items(_to_arrays(state), meta))
         self._kept = {*sorted({*saved, step})[-self._latest :], *best_steps}
 
@@ -81,7 +90,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the last save is on the disk and the checkpoints that it supersedes are removed."""
         with self._failures():
-            self._checkpointer.wait_until_finished()
+            if self._checkpointer:
+                self._checkpointer.wait_until_finished()
             if self._first and self._kept is not None:
                 for step in set(saved_steps(self._directory)) - self._kept:
                     path = self._directory / str(step)
@@ -92,7 +102,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            if self._checkpointer:
+                self._checkpointer.close()
 
     def steps(self) -> list[int]:
         """The saved steps, in ascending order; waits for the last save."""
@@ -193,6 +204,10 @@ def _read(path: Path, make_template: Callable[[Meta], State], *, whole: bool = T
 
     Unless `whole`, the template is that of a part of the state, and only this part is read.
     """
+    import orbax.checkpoint as ocp
+
+    from vmapbn_flax.runs.checkpointer import make_reader
+
     with make_reader() as checkpointer:
         with _damage(path):
             require_whole(path)

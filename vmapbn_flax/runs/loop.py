@@ -239,8 +239,8 @@ def counters(state: TrainState) -> tuple[Any, Any, Any]:
 
 
 def import_pictures() -> ModuleType:
-    """Imports matplotlib, which takes half a second: nobody waits if that begins while the device works."""
-    from vmapbn_flax.runs import pictures
+    """Imports orbax and matplotlib, which take over half a second: nobody waits if it begins while the device works."""
+    from vmapbn_flax.runs import checkpointer, pictures  # noqa: F401  # in the order of their first use
 
     return pictures
 
