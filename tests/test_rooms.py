@@ -95,7 +95,8 @@ def python(script, *arguments):
 LOADED = """
 import importlib, json, sys
 importlib.import_module(sys.argv[1])
-print(json.dumps([name for name in sys.modules if name.partition(".")[0] in ("vmapbn_flax", "jax", "flax", "numpy")]))
+names = ("vmapbn_flax", "jax", "flax", "numpy", "orbax", "matplotlib")
+print(json.dumps([name for name in sys.modules if name.partition(".")[0] in names]))
 """
 
 
@@ -113,6 +114,11 @@ def test_the_layers_come_alone():
 
 def test_the_package_is_light_until_it_is_used():
     assert python(LOADED, NAME) == [NAME]
+
+
+def test_a_run_starts_without_what_it_needs_later():
+    """A new run imports these while the device takes the first steps."""
+    assert [name for name in python(LOADED, f"{NAME}.runs.train") if name in ("orbax", "matplotlib")] == []
 
 
 CHANGED = """
