@@ -1,13 +1,11 @@
 """How soon a sweep finds good members: random draws, with halving, and proposed by Optuna with halving.
 
     python tests/benchmarks/sweeps.py                                         # an hour; for docs/sweeps.md
-    python tests/benchmarks/sweeps.py --lowest-rate 1e-4 --highest-rate 1     # a space with many bad members
     python tests/benchmarks/sweeps.py --draws 6 --batch 3 --epochs 3 --first-rung 1 --seeds 0 --output trial.png
 
-On MNIST, from the space of configs/sweep_best.py, with other learning rates if told so. Sweeps take turns, each a
-command with an empty cache of compiled programs, and its seconds count from the start of that command. What a finished
-sweep found is kept in the directory, and read instead of measured again. Prints a table and draws the best validation
-accuracy so far against seconds.
+On MNIST, from the space of configs/sweep_best.py. Sweeps take turns, each a command with an empty cache of compiled
+programs, and its seconds count from the start of that command. What a finished sweep found is kept in the directory,
+and read instead of measured again. Prints a table and draws the best validation accuracy so far against seconds.
 """
 
 import argparse
@@ -45,8 +43,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=12, help="members that Optuna proposes at once: %(default)s")
     parser.add_argument("--epochs", type=float, default=30.0, help="of a member that is not stopped: %(default)s")
     parser.add_argument("--first-rung", type=float, default=3.0, help="epochs up to the first rung: %(default)s")
-    parser.add_argument("--lowest-rate", type=float, default=3e-3, help="of the learning rates: %(default)s")
-    parser.add_argument("--highest-rate", type=float, default=3e-2, help="of the learning rates: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the draws, default: 0 1 2")
     parser.add_argument("--directory", type=Path, default=ROOT / "runs" / "benchmark_sweeps", help="of the sweeps")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "sweeps.png", help="default: %(default)s")
@@ -64,7 +60,6 @@ def measure(arguments: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     options = {"size": arguments.draws, "batch": arguments.batch, "first_rung": arguments.first_rung, "seed": seed}
     fields = {f"sweep_options.{name}": value for name, value in {**options, **METHODS[method][0]}.items()}
     fields["train.num_epochs"] = arguments.epochs
-    fields["sweep.optimizer.learning_rate"] = ("log_uniform", arguments.lowest_rate, arguments.highest_rate)
     fields["sweep.optimizer.warmup_epochs"] = ("uniform", 0.0, 4.0 * arguments.epochs / 30.0)
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     curve: Curve = []
@@ -91,8 +86,7 @@ def measure(arguments: argparse.Namespace, workdir: Path) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace, method: str, seed: int, caches: Caches) -> dict[str, Any]:
     """What a sweep found, from its file or from a process of its own."""
-    names = ("draws", "batch", "epochs", "first-rung", "lowest-rate", "highest-rate")
-    sizes = {name: getattr(arguments, name.replace("-", "_")) for name in names}
+    sizes = {name: getattr(arguments, name.replace("-", "_")) for name in ("draws", "batch", "epochs", "first-rung")}
     workdir = arguments.directory / "_".join(map(str, (method.replace(", ", "_"), *sizes.values(), seed)))
     result = Path(f"{workdir}.json")
     if not result.exists():
