@@ -193,7 +193,7 @@ class _Sweep:
         """The programs for members with these configs; compiled ones if the last group had the same size and kind."""
         key = (len(configs), program_key(configs[0]))
         if self._programs is not None and key == self._compiled_for:
-            self._programs = self._programs.with_members(configs)
+            self._programs.set_members(configs)
         else:
             self._programs = None  # frees the devices before the next programs fill them
             dataset = self._datasets.load(configs[0])

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Array, Int
 
-from vmapbn_flax.data import Dataset, Examples
+from vmapbn_flax.data import Dataset
 from vmapbn_flax.data.arrays import gather
 from vmapbn_flax.training.layout import Arrays, Layout
 
@@ -17,6 +17,7 @@ _WINDOW_BYTES = 4e6  # at most, unless a batch is larger: what is decoded in abo
 
 _NOWHERE = -2  # neither a window nor the predecessor of one
 
+Part = tuple[Array, Array, np.int32]  # of a split: images, labels and the number of examples
 Window = TypeVar("Window")
 
 
@@ -28,6 +29,9 @@ class Stream:
     serves all windows, batch k stays the same function of the seed and k, and no position is ever saved.
 
     At most two windows and two evaluation batches are in memory at a time.
+
+    Attributes:
+      whole: the splits that lie on the devices; none.
 
     Args:
       layout: of the batches on the devices; each process reads its share of them.
@@ -51,7 +55,8 @@ class Stream:
         eval_batch_size: int,
         max_bytes: float,
     ):
-        self._train, self._layout, self._group = dataset.train, layout, group
+        self.whole: dict[str, Arrays] = {}
+        self._splits, self._layout, self._group = dataset.splits, layout, group
         self._order = functools.lru_cache(maxsize=1)(order)
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._epoch_steps = len(dataset.train) // batch_size
@@ -84,7 +89,7 @@ class Stream:
         return images, labels, self._in_order, np.int32(batch)
 
     def steps_left(self, step: int) -> int:
-        """The number of steps from `step` to the end of its window."""
+        """The number of steps from `step` to the end of its window, for which `position` differs in one number."""
         batch = step % self._epoch_steps
         return min(self._window_steps - batch % self._window_steps, self._epoch_steps - batch)
 
@@ -99,24 +104,29 @@ class Stream:
         last = min(first + self._window_steps, self._epoch_steps)
         batches = self._order(epoch)[first * self._batch_size : last * self._batch_size].reshape(-1, self._batch_size)
         blank = np.full((self._window_steps - len(batches), self._batch_size), -1)
-        return self._gather(self._train, np.concatenate([batches, blank]), self._group, stopped)
+        return self._gather("train", np.concatenate([batches, blank]), self._group, stopped)
 
     def _gather(
-        self, split: Examples, batches: Int[np.ndarray, "batches batch"], group: int, stopped: Callable[[], bool]
+        self, split: str, batches: Int[np.ndarray, "batches batch"], group: int, stopped: Callable[[], bool]
     ) -> Arrays:
         """The examples with the numbers in `batches`, on the devices; -1 is a blank example."""
-        return self._layout.put_batches(batches, group, lambda rows: gather(split, rows, stopped))
+        return self._layout.put_batches(batches, group, lambda rows: gather(self._splits[split], rows, stopped))
 
-    def batches(self, split: Examples) -> Generator[tuple[Array, Array, np.int32], None, None]:
-        """The images, the labels and the number of examples of each evaluation batch of `split`, padded with blanks."""
+    def parts(self, split: str) -> Generator[Part, None, None]:
+        """The arguments of an evaluation of each batch of `split`: images, labels, and how many are not blanks."""
+        number_of_batches = -(-len(self._splits[split]) // self._eval_batch_size)
+        return read_ahead(functools.partial(self._read_part, split), range(number_of_batches))
+
+    def first(self, split: str) -> Arrays:
+        """The images and labels of the first evaluation batch of `split`."""
+        images, labels, _ = self._read_part(split, 0, lambda: False)
+        return images, labels
+
+    def _read_part(self, split: str, number: int, stopped: Callable[[], bool]) -> Part:
         size = self._eval_batch_size
-
-        def read(number: int, stopped: Callable[[], bool]) -> tuple[Array, Array, np.int32]:
-            rows = np.arange(number * size, (number + 1) * size)
-            batch = np.where(rows < len(split), rows, -1)
-            return (*self._gather(split, batch[np.newaxis], 1, stopped), np.int32(np.sum(batch >= 0)))
-
-        return read_ahead(read, range(-(-len(split) // size)))
+        rows = np.arange(number * size, (number + 1) * size)
+        batch = np.where(rows < len(self._splits[split]), rows, -1)
+        return (*self._gather(split, batch[np.newaxis], 1, stopped), np.int32(np.sum(batch >= 0)))
 
     def close(self) -> None:
         """Ends the thread and frees the windows; `position` starts it again."""
