@@ -1,8 +1,7 @@
 """The compiled programs of a run or of a group of runs: they create its state, advance it, and evaluate it."""
 
-import functools
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +120,7 @@ class Programs:
         self._copy = make("copy", lambda state: jax.tree.map(jnp.copy, state), optimise=False)
         self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
 
-    @functools.cached_property
+    @cached_property
     def member_template(self) -> TrainState:
         """The shapes and types of the state of one member."""
         return jax.eval_shape(self._create_one, self._hypers[0])
@@ -193,8 +192,8 @@ class Programs:
         """Takes `count` steps from `step`, the step of `state`; `state` is used up."""
         end = step + count
         while step < end:
-            count = min(end, self._freeze_step if step < self._freeze_step else end) - step
-            count = min(count, self._feed.steps_left(step))
+            stop = self._freeze_step if step < self._freeze_step < end else end
+            count = min(stop - step, self._feed.steps_left(step))
             if self._by_step:
                 count, numbers = 1, range(self._members.rows_each)
             else:
