@@ -50,7 +50,7 @@ class Evaluator:
             return Program(name, members.map(function, own=(0, 1, 2)), sharding=members.sharding, **options)
 
         # The batches of a stream are all of one shape: one program serves the splits.
-        names = {split: split if feed.whole else "evaluate" for split in dataset.splits if split != "train"}
+        names = {split: split if feed.whole else "evaluate" for split in sorted(dataset.splits.keys() - {"train"})}
         # Only `predictions` asks for the second result; for `measure` the compiler leaves it out.
         measure = lambda *arguments: evaluate(*arguments)[0]  # noqa: E731
         self._measure = {split: make(name, measure, trace_in_thread=True) for split, name in names.items()}
