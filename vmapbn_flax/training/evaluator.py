@@ -12,12 +12,11 @@ from vmapbn_flax.data import Dataset
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.compiler import Compiler, Program
 from vmapbn_flax.training.evaluation import Predictions, join, make_evaluate
-from vmapbn_flax.training.feed import InMemory
+from vmapbn_flax.training.feed import Feed
 from vmapbn_flax.training.layout import Layout
 from vmapbn_flax.training.members import OneRun, Stacked
 from vmapbn_flax.training.metrics import EvalMetrics
 from vmapbn_flax.training.population import make_population_statistics
-from vmapbn_flax.training.stream import Stream
 from vmapbn_flax.training.watch import Percentiles, make_watch, require_watched
 
 Variables = tuple[PyTree, PyTree, PyTree]  # parameters, statistics and hyperparameters of all members, on the devices
@@ -35,7 +34,7 @@ class Evaluator:
         config: ConfigDict,
         dataset: Dataset,
         layout: Layout,
-        feed: InMemory | Stream,
+        feed: Feed,
         members: OneRun | Stacked,
         compiler: Compiler,
     ):

@@ -16,54 +16,28 @@ from vmapbn_flax.training.layout import Arrays, Layout
 from vmapbn_flax.training.stream import Stream
 
 
-def make_feed(
-    config: ConfigDict,
-    dataset: Dataset,
-    layout: Layout,
-    order: Callable[[int], np.ndarray],
-    put_order: Callable[[np.ndarray], Array],
-    num_steps: int,
-) -> "InMemory | Stream":
-    """The batches of a run of `num_steps` on `dataset`.
-
-    Args:
-      layout: of the data set and its batches on the devices.
-      order: returns the permutation of the training examples in an epoch; of several members, one each.
-      put_order: puts the permutation on the devices.
-    """
-    if not dataset.streamed:
-        return InMemory(dataset, layout, order, put_order, batch_size=config.train.batch_size)
-    return Stream(
-        dataset,
-        layout,
-        order,
-        put_order,
-        num_steps=num_steps,
-        batch_size=config.train.batch_size,
-        group=config.model.ghost_batch_size or 1,
-        eval_batch_size=config.train.eval_batch_size,
-        max_bytes=config.data.memory_limit * 1e9,
-    )
-
-
 class InMemory:
     """The splits of `dataset`, whole on the devices, and the order of the training examples in one epoch.
 
     Attributes:
       whole: the images and labels of each split on the devices; of a stream, none.
+
+    Args:
+      layout: of the data set on the devices.
+      order: returns the permutation of the training examples in an epoch; of several members, one each.
+      put_order: puts it on the devices.
     """
 
     def __init__(
         self,
+        config: ConfigDict,
         dataset: Dataset,
         layout: Layout,
         order: Callable[[int], np.ndarray],
         put_order: Callable[[np.ndarray], Array],
-        *,
-        batch_size: int,
     ):
         self.whole = {name: layout.put(cast(Split, split)) for name, split in dataset.splits.items()}
-        self._epoch_steps = len(dataset.train) // batch_size
+        self._epoch_steps = len(dataset.train) // config.train.batch_size
         self._order = functools.lru_cache(maxsize=1)(lambda epoch: put_order(order(epoch)))
 
     def position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
@@ -86,3 +60,6 @@ class InMemory:
     def close(self) -> None:
         """Frees the order; `position` makes it again."""
         self._order.cache_clear()
+
+
+Feed = InMemory | Stream

@@ -17,7 +17,7 @@ from vmapbn_flax.training.augment import make_augment
 from vmapbn_flax.training.compiler import Compiler, Program
 from vmapbn_flax.training.evaluation import Predictions
 from vmapbn_flax.training.evaluator import Evaluator, Variables
-from vmapbn_flax.training.feed import make_feed
+from vmapbn_flax.training.feed import Feed, InMemory
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
@@ -25,6 +25,7 @@ from vmapbn_flax.training.metrics import EvalMetrics, figures
 from vmapbn_flax.training.network import has_convolutions
 from vmapbn_flax.training.optimizer import learning_rate
 from vmapbn_flax.training.state import TrainState, create_state
+from vmapbn_flax.training.stream import Stream
 from vmapbn_flax.training.watch import Percentiles
 
 _STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
@@ -72,7 +73,8 @@ class Programs:
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self._freeze_step = steps_in(config.model.freeze_norm_after, self.steps_per_epoch) or self.total_steps
         self._num_train = len(dataset.train)
-        self._feed = make_feed(config, dataset, self.layout, self._order, self.place, self.total_steps)
+        make_feed = Stream if dataset.streamed else InMemory
+        self._feed: Feed = make_feed(config, dataset, self.layout, self._order, self.place)
         self._evaluator = Evaluator(config, dataset, self.layout, self._feed, self._members, self.compiler)
         self.set_members(configs)
         self._make_programs(config, dataset)

@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
 from vmapbn_flax.data import Dataset
 from vmapbn_flax.data.arrays import gather
+from vmapbn_flax.training.hyperparameters import steps_in
 from vmapbn_flax.training.layout import Arrays, Layout
 
 _WINDOW_BYTES = 4e6  # at most, unless a batch is larger: what is decoded in about a second
@@ -22,13 +24,14 @@ Window = TypeVar("Window")
 
 
 class Stream:
-    """The training batches of a run on `dataset`, in windows that lie on the devices, and its evaluation batches.
+    """The training batches of the run of `config`, in windows that lie on the devices, and its evaluation batches.
 
     The examples of an epoch, in the order of its permutation, are cut into windows of equally many whole batches; the
     end of the last window may be blank. A window is a small training set, already in order. One program therefore
     serves all windows, batch k stays the same function of the seed and k, and no position is ever saved.
 
-    At most two windows and two evaluation batches are in memory at a time.
+    At most two windows and two evaluation batches are in memory at a time. Two windows take at most
+    `config.data.memory_limit`, unless a single batch is larger: a window has at least one.
 
     Attributes:
       whole: the splits that lie on the devices; none.
@@ -37,36 +40,29 @@ class Stream:
       layout: of the batches on the devices; each process reads its share of them.
       order: returns the permutation of the training examples in an epoch.
       put_order: puts a permutation on the devices.
-      num_steps: of the run.
-      group: the number of examples that stay together on a device.
-      max_bytes: of the windows in memory; a window has at least one batch.
     """
 
     def __init__(
         self,
+        config: ConfigDict,
         dataset: Dataset,
         layout: Layout,
         order: Callable[[int], np.ndarray],
         put_order: Callable[[np.ndarray], Array],
-        *,
-        num_steps: int,
-        batch_size: int,
-        group: int,
-        eval_batch_size: int,
-        max_bytes: float,
     ):
         self.whole: dict[str, Arrays] = {}
-        self._splits, self._layout, self._group = dataset.splits, layout, group
+        self._splits, self._layout = dataset.splits, layout
         self._order = functools.lru_cache(maxsize=1)(order)
-        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
-        self._epoch_steps = len(dataset.train) // batch_size
-        window_bytes = min(_WINDOW_BYTES, max_bytes / 2)
-        most = max(1, int(window_bytes / dataset.train[:batch_size].nbytes))
+        self._batch_size, self._eval_batch_size = config.train.batch_size, config.train.eval_batch_size
+        self._group = config.model.ghost_batch_size or 1  # examples that stay together on a device
+        self._epoch_steps = len(dataset.train) // self._batch_size
+        window_bytes = min(_WINDOW_BYTES, config.data.memory_limit * 1e9 / 2)
+        most = max(1, int(window_bytes / dataset.train[: self._batch_size].nbytes))
         self._window_steps = -(-self._epoch_steps // -(-self._epoch_steps // most))  # of nearly equal length
         self._epoch_windows = -(-self._epoch_steps // self._window_steps)
-        self._end = self._locate(num_steps - 1)[0] + 1
+        self._end = self._locate(steps_in(config.train.num_epochs, self._epoch_steps) - 1)[0] + 1
         # One more than a window has: for a window of one batch XLA would compile another program, with other bits.
-        self._in_order = put_order(np.arange(self._window_steps * batch_size + 1, dtype=np.int32))
+        self._in_order = put_order(np.arange(self._window_steps * self._batch_size + 1, dtype=np.int32))
         self._windows: Generator[Arrays, None, None] | None = None
         self._window: tuple[Array, ...] = ()
         self._number = _NOWHERE
