@@ -31,6 +31,11 @@ def described(error: OSError) -> str:
     return f"{where}: got {error.strerror or error}; expected to read or write there"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the message of `error`, at most 200 characters."""
+    return next(iter(str(error).strip().splitlines()), "no message")[:200]
+
+
 class Interrupted(Exception):
     """A signal stopped training, and the state is saved.
 

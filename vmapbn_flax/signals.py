@@ -13,19 +13,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def deferred(received: list[int] | None = None) -> Iterator[list[int]]:
-    """Collects in `received` the signals that arrive in its block; the caller acts on them when it can save.
+def deferred() -> Iterator[list[int]]:
+    """Collects the signals that arrive in its block; the caller acts on them when it can save.
 
-    A second signal ends the process at once. What the caller puts in `received` does not count.
+    A second signal ends the process at once.
     """
-    received = [] if received is None else received
-    first = True
+    received: list[int] = []
 
     def receive(signum: int, frame: object) -> None:
-        nonlocal first
-        if not first:
+        if received:
             os._exit(128 + signum)
-        first = False
         received.append(signum)
 
     with _handled(receive):

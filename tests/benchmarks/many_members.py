@@ -88,7 +88,7 @@ def run(members: int, workdir: Path) -> dict[str, Any]:
         (Loop, "_evaluate", "evaluations"),
         (Loop, "_agree", "rows"),
         (Loop, "save", "checkpoints of the group"),
-        (train._Sweep, "_save_members", "checkpoints of the members"),
+        (train, "save_members", "checkpoints of the members"),
         (report, "report", "report, the picture included"),
         (report, "plot_sweep", "picture"),
     ):

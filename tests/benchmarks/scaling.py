@@ -74,7 +74,7 @@ def step_bytes(dataset: Dataset, members: int, width: int) -> tuple[int, int]:
     state = programs.template()
     several = (members,) if members > 1 else ()
     order = jax.ShapeDtypeStruct((*several, len(dataset.train)), np.int32)
-    arguments = (state, programs.hyper, *programs._data["train"], order, np.int32(0), np.int32(1))
+    arguments = (state, programs.hyper, *programs._feed.whole["train"], order, np.int32(0), np.int32(1))
     # As accelerators train them; one CPU device takes one member after the other.
     of_all, num_classes = configs[0], dataset.num_classes
     step = steps.make_train_step(of_all.model, of_all.optimizer, of_all.train.max_skipped_steps, num_classes)

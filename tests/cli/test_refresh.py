@@ -9,7 +9,6 @@ from tests.helpers import small
 from vmapbn_flax import load_run
 from vmapbn_flax.cli import evaluate as evaluate_module
 from vmapbn_flax.cli import refresh as module
-from vmapbn_flax.cli.evaluate import evaluate
 from vmapbn_flax.cli.refresh import refresh
 from vmapbn_flax.errors import RunError, UsageError
 from vmapbn_flax.files import read_json
@@ -25,6 +24,11 @@ def trained(workdir, **changes):
     config = small.config(model__hidden=(16, 16), train__batch_size=128, train__num_epochs=0.05, **changes)
     run.train(config, workdir)
     return workdir
+
+
+def evaluate(workdir, norm=None):
+    programs, _, state = evaluate_module.load(workdir, None, norm, None)
+    return {"step": int(state.step), **programs.evaluate(state)}
 
 
 @pytest.fixture(scope="module")

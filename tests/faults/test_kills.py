@@ -50,7 +50,7 @@ SWEEP_PHASES = {
     "config of a member": ("vmapbn_flax.runs.workdir:write_json", 4),
     "a step in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.write", 3),
     "divergence in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
-    "checkpoint of a member": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
+    "checkpoint of a member": ("vmapbn_flax.sweeps.train:save_members", 1),
     "end of a group in the ledger": ("vmapbn_flax.sweeps.ledger:Ledger.mark", 2),
     "between members of the second group": ("vmapbn_flax.runs.record:Record.finish", 2),
     "removal of a group's checkpoints": ("vmapbn_flax.files:shutil.rmtree", 2),
@@ -63,13 +63,13 @@ EXTENSION_PHASES = {
     "config of a member": ("vmapbn_flax.runs.workdir:write_json", 2),
     "config": ("vmapbn_flax.runs.workdir:write_json", 4),
     "ledger": ("vmapbn_flax.runs.workdir:write_json", 5),
-    "checkpoint of a member": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
+    "checkpoint of a member": ("vmapbn_flax.sweeps.train:save_members", 1),
     "removal of a group's checkpoints": ("vmapbn_flax.sweeps.train:remove_directory", 3),
 }
 
 # Of a sweep with rungs.
 HALVING_PHASES = {
-    "checkpoint of a member at the first rung": ("vmapbn_flax.sweeps.train:_Sweep._save_members", 1),
+    "checkpoint of a member at the first rung": ("vmapbn_flax.sweeps.train:save_members", 1),
     "removal of a group's checkpoints there": ("vmapbn_flax.sweeps.train:remove_directory", 1),
     "ranking": ("vmapbn_flax.sweeps.ledger:Ledger.rank", 1),
     "the ledger with the ranks": ("vmapbn_flax.sweeps.train:SweepProgress.start", 1),

@@ -88,8 +88,8 @@ def test_a_run_with_renorm(norm, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_module, "load_dataset", lambda *arguments: data)
         for form in ("vmap", "batched"):
-            figures = evaluate_module.evaluate(tmp_path / "run", norm=form)
-            assert figures["test_accuracy"] == run.figures["test_accuracy"]
+            programs, _, state = evaluate_module.load(tmp_path / "run", None, form, None)
+            assert programs.evaluate(state)["test_accuracy"] == run.figures["test_accuracy"]
 
 
 def test_the_network_is_plain_flax(kind):

@@ -106,7 +106,7 @@ def test_ghost_batches(devices, norm):
 def test_data_set_of_which_each_device_holds_a_share():
     """5 devices: 12 features and 16 examples are padded to 15 and 20."""
     programs = make(5, mesh__replicate_limit=0)
-    images, _ = programs._data["train"]
+    images, _ = programs._feed.whole["train"]
     assert {shard.data.shape for shard in images.addressable_shards} == {(100, 3)}
     assert_equal(trained(5, mesh__replicate_limit=0), trained(1), 1e-5)
     state, whole = programs.place(first_state()), make(1).place(first_state())
@@ -126,7 +126,7 @@ def test_streamed_data_set(devices, changes):
     config = small.config(**CHANGES | changes, mesh__data=devices, data__memory_limit=limit, train__eval_batch_size=5)
     programs = Programs([config], dataclasses.replace(small.dataset(), streamed=True), mesh.solo_mesh(config.mesh))
     assert_equal(train_on(programs, programs.place(first_state()), 0), trained(1, **changes), 1e-5)
-    images, labels, _, _ = programs._position(0)
+    images, labels, _, _ = programs._feed.position(0)
     padded = programs.layout.padded(config.train.batch_size, config.model.ghost_batch_size or 1)
     assert {shard.data.shape for shard in images.addressable_shards} == {(2, padded // devices, *small.IMAGE)}
     assert {shard.data.shape for shard in labels.addressable_shards} == {(2, padded // devices)}
@@ -153,7 +153,7 @@ def test_what_a_process_reads(monkeypatch):
 
 
 def test_small_data_set_lies_whole_on_each_device():
-    images, labels = make(8)._data["train"]
+    images, labels = make(8)._feed.whole["train"]
     assert images.sharding.is_fully_replicated
     assert labels.sharding.is_fully_replicated
 

@@ -128,10 +128,11 @@ def test_other_members_of_the_same_programs():
         config.seed += 10
     programs = three()
     first = programs.snapshot(trained(programs))
-    other = programs.with_members(others)
-    state = trained(other)
-    assert other.compiler.compile_seconds == 0
-    small.assert_same_bits(other.snapshot(state), make(others).snapshot(trained(make(others))))
+    programs.set_members(others)
+    state = trained(programs)
+    assert programs.compiler.compile_seconds == 0
+    small.assert_same_bits(programs.snapshot(state), make(others).snapshot(trained(make(others))))
+    programs.set_members(configs())
     small.assert_same_bits(programs.snapshot(trained(programs)), first)
 
 

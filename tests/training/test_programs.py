@@ -47,6 +47,12 @@ def test_advance_uses_its_state_up():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
+def test_advance_over_the_end_of_an_epoch():
+    """Each epoch in its own order, as a streamed data set has it too."""
+    programs = small.programs()
+    small.assert_same_bits(small.advanced(programs, 9), small.advanced(programs, 6, 3))
+
+
 def test_gradients_are_those_of_the_step_s_batch():
     programs, train = small.programs(), small.dataset().train
     state, step = programs.create(), 9

@@ -37,10 +37,10 @@ _COLUMNS = (
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
-    """Prints the figures of `evaluate`, and shows the mistakes in the ways that the arguments ask for."""
+    """Prints the figures of a checkpoint, and shows the mistakes in the ways that the arguments ask for."""
     environment.import_from_here()
     _require_outputs(arguments)
-    programs, dataset, state = _load(arguments.workdir, arguments.step, arguments.norm, arguments.network)
+    programs, dataset, state = load(arguments.workdir, arguments.step, arguments.norm, arguments.network)
     if not (arguments.classes or arguments.csv or arguments.picture):
         _print(state, programs.evaluate(state))
         return 0
@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace, started: float) -> int:
     return 0
 
 
-def evaluate(
-    workdir: Path, step: int | None = None, norm: str | None = None, network: str | None = None
-) -> dict[str, float | int]:
-    """Evaluates the checkpoint of `step`, by default the newest, on the validation and test splits.
+def load(
+    workdir: Path, step: int | None, norm: str | None, network: str | None
+) -> tuple[Programs, Dataset, TrainState]:
+    """The programs, the data set and the state of the checkpoint of `step`, by default the newest.
 
     Args:
       workdir: of a run.
@@ -76,14 +76,6 @@ def evaluate(
       RunError: the checkpoint is missing or damaged.
       UsageError: the run has no batch norm and `norm` is given.
     """
-    programs, _, state = _load(workdir, step, norm, network)
-    return {"step": int(state.step), **programs.evaluate(state)}
-
-
-def _load(
-    workdir: Path, step: int | None, norm: str | None, network: str | None
-) -> tuple[Programs, Dataset, TrainState]:
-    """The programs, the data set and the state of a checkpoint; as `evaluate`."""
     run_workdir = Workdir(workdir)
     config = load_config(run_workdir, network)
     if norm is not None:
@@ -133,18 +125,6 @@ def _as_csv(predictions: Mapping[str, Predictions], names: Sequence[str]) -> str
     writer.writerow(_COLUMNS)
     for split, found in predictions.items():
         for index, (label, predicted, probability, label_probability) in enumerate(zip(*found, strict=True)):
-            correct = int(predicted == label)
-            writer.writerow(
-                (
-                    split,
-                    index,
-                    label,
-                    names[label],
-                    predicted,
-                    names[predicted],
-                    probability,
-                    label_probability,
-                    correct,
-                )
-            )
+            row = (split, index, label, names[label], predicted, names[predicted], probability, label_probability)
+            writer.writerow((*row, int(predicted == label)))
     return text.getvalue()

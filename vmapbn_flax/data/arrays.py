@@ -116,9 +116,15 @@ class Dataset:
             object.__setattr__(self, "class_names", tuple(map(str, range(self.num_classes))))
 
     @property
+    def splits(self) -> dict[str, Examples]:
+        """The splits that there are, by name."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes that all splits take as arrays."""
-        return sum(split.nbytes for split in (self.train, self.test, self.validation) if split is not None)
+        return sum(split.nbytes for split in self.splits.values())
 
     @property
     def gigabytes(self) -> float:
@@ -142,8 +148,7 @@ class Dataset:
 
     def fingerprint(self) -> dict[str, str]:
         """`Examples.fingerprint` of each split."""
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: split.fingerprint() for name, split in splits.items() if split is not None}
+        return {name: split.fingerprint() for name, split in self.splits.items()}
 
 
 def border(images: Shaped[np.ndarray, "examples height width *channels"]) -> Float[np.ndarray, " examples"]:

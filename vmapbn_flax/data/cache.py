@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vmapbn_flax.data.arrays import Dataset, Split, gather
-from vmapbn_flax.data.records import first_line
+from vmapbn_flax.errors import first_line
 
 _FORMAT = 3  # increment it when the contents of a cache change
 _SPLITS = ("train", "test")

@@ -14,9 +14,8 @@ from PIL.Image import Image, Resampling
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from vmapbn_flax.data.records import first_line
 from vmapbn_flax.data.splits import described
-from vmapbn_flax.errors import UsageError
+from vmapbn_flax.errors import UsageError, first_line
 from vmapbn_flax.files import read_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from vmapbn_flax.data.arrays import Dataset
-from vmapbn_flax.data.records import first_line
 from vmapbn_flax.data.splits import ArrayFile, make_dataset
-from vmapbn_flax.errors import UsageError
+from vmapbn_flax.errors import UsageError, first_line
 
 _NAMES = (
     {"train": ("train_images", "train_labels"), "test": ("test_images", "test_labels")},

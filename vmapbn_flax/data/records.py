@@ -12,7 +12,7 @@ from jaxtyping import Integer, UInt8
 
 from vmapbn_flax.data.arrays import Dataset, Examples, Split
 from vmapbn_flax.data.description import SPLITS, read_description
-from vmapbn_flax.errors import UsageError
+from vmapbn_flax.errors import UsageError, first_line
 
 _MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "P"), 4: ("RGBA",)}  # of image files, by channels; the first is decoded
 
@@ -123,8 +123,3 @@ def _reading(directory: Path, command: str) -> Iterator[None]:
             f"{directory}: got {type(error).__name__} when reading ({first_line(error)}); expected a "
             f"complete data set. If a file is damaged, remove that directory and prepare it again: {command}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of the message of `error`, at most 200 characters."""
-    return next(iter(str(error).strip().splitlines()), "no message")[:200]

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import jax
 
-from vmapbn_flax.errors import RunError, UsageError
+from vmapbn_flax.errors import RunError, UsageError, first_line
 
 _HEARTBEAT_SECONDS = 6  # without a heartbeat, after which a process counts as dead
 LOST = (
@@ -68,8 +68,3 @@ def _aborted(signum: int) -> None:
     A Python handler would run when the thread returns to Python, and the thread does not return.
     """
     leave(*_ends[-1])
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the message of `error`, shortened."""
-    return str(error).partition("\n")[0][:200]

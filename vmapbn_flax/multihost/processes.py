@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from vmapbn_flax.errors import Interrupted, RunError, UsageError, UserError, described
+from vmapbn_flax.errors import Interrupted, RunError, UsageError, UserError, described, first_line
 from vmapbn_flax.multihost import distributed
 
 _FAILURE = "vmapbn_flax/failure"
@@ -221,5 +221,5 @@ def _status_and_line(error: BaseException) -> tuple[int | None, str]:
         return 1, described(error)
     # What XLA raises for a broken connection depends on the device.
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
-        return None, f"{distributed.LOST} ({distributed.first_line(error)})"
+        return None, f"{distributed.LOST} ({first_line(error)})"
     return 1, "".join(traceback.format_exception(error))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import numpy as np
 
-from vmapbn_flax.errors import RunError
+from vmapbn_flax.errors import RunError, first_line
 from vmapbn_flax.files import require_shallow
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.shapes import require_fit
@@ -259,7 +259,7 @@ def _partial(path: Path) -> Path:
 def _reason(error: Exception) -> str:
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # at the end of a long message of tensorstore
         return os.strerror(int(code[1]))
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _unused(path: Path) -> Path:

@@ -13,13 +13,14 @@ from vmapbn_flax.config import validate_sizes, without_distributed
 from vmapbn_flax.errors import Interrupted, RunError
 from vmapbn_flax.files import in_threads, remove_directory
 from vmapbn_flax.multihost.processes import Processes, SharedError, joined
-from vmapbn_flax.runs.checkpoints import Checkpoints, restore, saved_steps
+from vmapbn_flax.runs.checkpoints import saved_steps
 from vmapbn_flax.runs.console import say
 from vmapbn_flax.runs.loop import Loop
 from vmapbn_flax.runs.record import Record
 from vmapbn_flax.runs.train import facts, held
 from vmapbn_flax.runs.workdir import Workdir
 from vmapbn_flax.sweeps.batches import Batches
+from vmapbn_flax.sweeps.checkpoints import save_members
 from vmapbn_flax.sweeps.expand import Member, expand, program_key
 from vmapbn_flax.sweeps.ledger import Ledger
 from vmapbn_flax.sweeps.plan import Datasets, divide
@@ -29,8 +30,6 @@ from vmapbn_flax.sweeps.results import SELECTION
 from vmapbn_flax.sweeps.rungs import rank, rung_epochs, rung_step
 from vmapbn_flax.training import mesh
 from vmapbn_flax.training.programs import Programs
-
-_SAVES_AT_ONCE = 8  # checkpoints of members; each takes threads and open files
 
 
 def train_sweep(config: ConfigDict, path: Path) -> Ledger:
@@ -193,14 +192,14 @@ class _Sweep:
         """The programs for members with these configs; compiled ones if the last group had the same size and kind."""
         key = (len(configs), program_key(configs[0]))
         if self._programs is not None and key == self._compiled_for:
-            self._programs = self._programs.with_members(configs)
-        else:
-            self._programs = None  # frees the devices before the next programs fill them
-            dataset = self._datasets.load(configs[0])
-            if self._processes.count > 1:
-                self._processes.require_same({"data": dataset.fingerprint()})
-            self._programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, len(configs)))
-            self._compiled_for = key
+            self._programs.set_members(configs)
+            return self._programs
+        self._programs = None  # frees the devices before the next programs fill them
+        dataset = self._datasets.load(configs[0])
+        if self._processes.count > 1:
+            self._processes.require_same({"data": dataset.fingerprint()})
+        self._programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, len(configs)))
+        self._compiled_for = key
         return self._programs
 
     def _mark_diverged(self, loop: Loop, diverged: Sequence[tuple[Record, int]]) -> None:
@@ -221,7 +220,7 @@ class _Sweep:
             agreement.say(steps=steps)
         steps = agreement.heard[0]["steps"]
         with self._processes.together(), loop.timing.clock("checkpoint"):
-            self._save_members(records, checkpoints, steps, programs)
+            save_members(records, checkpoints, steps, programs, self._processes.index)
         with self._processes.together():
             device, seconds = mesh.device_name(programs.devices), loop.timing.seconds()
             done = loop.step == programs.total_steps
@@ -231,33 +230,6 @@ class _Sweep:
 
             in_threads(finish, loop.active if done else ())
             self._ledger.mark([record.name for record in loop.active], "done" if done else "waiting", loop.step)
-
-    def _save_members(
-        self, records: Sequence[Record], checkpoints: Path, steps: Sequence[int], programs: Programs
-    ) -> None:
-        """Saves the best and the last checkpoint of each member on this process's devices, taken from the group's.
-
-        They are those of a run alone: the member can be evaluated, refreshed and continued. Those of the rung before
-        are removed, but for the best.
-        """
-        members: dict[int, set[int]] = {}  # whose checkpoint is to be taken from the group's, by its step
-        best_steps: dict[int, int] = {}
-        for i, owner in enumerate(programs.owners()):
-            if owner == self._processes.index:
-                best = records[i].best_row([*steps, *saved_steps(records[i].workdir.checkpoints)])
-                best_steps[i] = best["step"] if best else steps[-1]
-                for step in {steps[-1], best_steps[i]}:
-                    members.setdefault(step, set()).add(i)
-        for step in sorted(members.keys() & {*steps}):
-            state, meta = restore(checkpoints, step, programs.template())
-            own, numbers = programs.split(state), sorted(members[step])
-            for first in range(0, len(numbers), _SAVES_AT_ONCE):
-                with contextlib.ExitStack() as stack:  # its end waits for the saves
-                    for i in numbers[first : first + _SAVES_AT_ONCE]:
-                        saved = Checkpoints(records[i].workdir.checkpoints, alone=True, latest=1)
-                        stack.callback(saved.close)
-                        described = {"data": programs.described, "runs": [{**meta["runs"][i], "name": ""}]}
-                        saved.save(int(own[i].step), own[i], described, [best_steps[i]])
 
 
 def _kind(error: Exception) -> str:

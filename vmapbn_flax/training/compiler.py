@@ -1,6 +1,5 @@
 """Compiling each program once, ahead of its first call where there is time, and timing compilation and calls."""
 
-import copy
 import dataclasses
 import time
 from collections import defaultdict
@@ -57,17 +56,11 @@ class Compiler:
     def __init__(self):
         self._programs: dict[str, Future] = {}
         self._threads = ThreadPoolExecutor(2)
-        self._reset()
+        self.reset_clocks()
 
-    def _reset(self) -> None:
+    def reset_clocks(self) -> None:
         self.compile_seconds = 0.0
         self.device_seconds: dict[str, float] = defaultdict(float)
-
-    def with_clocks_at_zero(self) -> "Compiler":
-        """A compiler with the same programs."""
-        other = copy.copy(self)
-        other._reset()
-        return other
 
     def __contains__(self, name: str) -> bool:
         return name in self._programs

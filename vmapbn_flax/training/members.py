@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -26,14 +26,16 @@ from vmapbn_flax.training.state import create_state
 
 def make_members(count: int, devices: Mesh | None) -> "OneRun | Stacked":
     """The members on a mesh, or on the default device."""
-    return OneRun() if count == 1 else Stacked(count, devices)
+    return OneRun(devices) if count == 1 else Stacked(count, devices)
 
 
 class OneRun:
     """A single run: functions and arrays stay as they are."""
 
     count = rows_each = 1
-    spec = PartitionSpec()
+
+    def __init__(self, devices: Mesh | None):
+        self.sharding = None if devices is None else NamedSharding(devices, PartitionSpec())
 
     def map(self, function: Callable, own: Sequence[int]) -> Callable:
         return function
@@ -72,13 +74,12 @@ class Stacked:
     Attributes:
       count: the number of members.
       rows_each: the number of members on each device along the axis `member`, padding included.
-      spec: the partition of arrays with an axis of members.
+      sharding: of arrays with an axis of members; None without a mesh.
     """
-
-    spec = PartitionSpec(MEMBER)
 
     def __init__(self, count: int, devices: Mesh | None):
         self.count, self._devices = count, devices
+        self.sharding = None if devices is None else NamedSharding(devices, PartitionSpec(MEMBER))
         places = 1 if devices is None else devices.shape[MEMBER]
         self.rows_each = math.ceil(count / places)
         self._rows = np.minimum(np.arange(places * self.rows_each), count - 1)

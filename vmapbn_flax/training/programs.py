@@ -1,38 +1,34 @@
-"""The compiled programs of a run or of a group of runs, and the data set on the devices."""
+"""The compiled programs of a run or of a group of runs: they create its state, advance it, and evaluate it."""
 
-import contextlib
-import copy
-import functools
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Sequence
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.config import validate_sizes
-from vmapbn_flax.data import Dataset, Split
+from vmapbn_flax.data import Dataset
 from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.augment import make_augment
 from vmapbn_flax.training.compiler import Compiler, Program
-from vmapbn_flax.training.evaluation import Predictions, join, make_evaluate
+from vmapbn_flax.training.evaluation import Predictions
+from vmapbn_flax.training.evaluator import Evaluator, Variables
+from vmapbn_flax.training.feed import Feed, InMemory
 from vmapbn_flax.training.hyperparameters import make_hyperparameters, steps_in
 from vmapbn_flax.training.layout import make_layout
 from vmapbn_flax.training.members import make_members
 from vmapbn_flax.training.metrics import EvalMetrics, figures
 from vmapbn_flax.training.network import has_convolutions
 from vmapbn_flax.training.optimizer import learning_rate
-from vmapbn_flax.training.population import make_population_statistics
 from vmapbn_flax.training.state import TrainState, create_state
 from vmapbn_flax.training.stream import Stream
-from vmapbn_flax.training.watch import Percentiles, make_watch, require_watched
+from vmapbn_flax.training.watch import Percentiles
 
 _STATE, _HYPER, _ORDER = 0, 1, 4  # which arguments of training are each member's own
-_VARIABLES = (0, 1, 2)  # and which of evaluation: parameters, statistics, hyperparameters
 
 
 class Programs:
@@ -68,7 +64,6 @@ class Programs:
             devices = None
         self.count = len(configs)
         self._members = make_members(self.count, devices)
-        self._sharding = None if devices is None else NamedSharding(devices, self._members.spec)
         self.layout = make_layout(devices, dataset, config.mesh.replicate_limit)
         self.compiler = Compiler()
 
@@ -78,47 +73,31 @@ class Programs:
         self.total_steps = steps_in(config.train.num_epochs, self.steps_per_epoch)
         self._freeze_step = steps_in(config.model.freeze_norm_after, self.steps_per_epoch) or self.total_steps
         self._num_train = len(dataset.train)
-        splits = {"validation": dataset.validation, "test": dataset.test}
-        self._eval_splits = {name: split for name, split in splits.items() if split is not None}
-        self._set_members(configs)
-        require_watched(config, dataset.num_classes, dataset.train.image_shape)
-        self._watched = dataset.test[: config.train.eval_batch_size]
+        make_feed = Stream if dataset.streamed else InMemory
+        self._feed: Feed = make_feed(config, dataset, self.layout, self._order, self.place)
+        self._evaluator = Evaluator(config, dataset, self.layout, self._feed, self._members, self.compiler)
+        self.set_members(configs)
         self._make_programs(config, dataset)
-        self._stream = None
-        if dataset.streamed:
-            self._stream = Stream(
-                dataset,
-                self.layout,
-                self._order,
-                self.place,
-                num_steps=self.total_steps,
-                batch_size=config.train.batch_size,
-                group=config.model.ghost_batch_size or 1,
-                eval_batch_size=config.train.eval_batch_size,
-                max_bytes=config.data.memory_limit * 1e9,
-            )
-        else:
-            splits = {"train": dataset.train, **self._eval_splits}
-            self._data = {name: self.layout.put(cast(Split, split)) for name, split in splits.items()}
 
-    def _set_members(self, configs: Sequence[ConfigDict]) -> None:
+    def set_members(self, configs: Sequence[ConfigDict]) -> None:
+        """Makes the runs with `configs` the members, of which there are as many as before.
+
+        The programs stay compiled. The clocks of the compiler start at zero.
+        """
         self._seeds = [config.seed for config in configs]
         self._hypers = [make_hyperparameters(config, self.steps_per_epoch) for config in configs]
         self.hyper = self.place(self._members.stack(self._hypers))
-        self._epoch_order: tuple[int, Any] = (-1, None)
+        self._feed.close()
+        self.compiler.reset_clocks()
 
     def _make_programs(self, config: ConfigDict, dataset: Dataset) -> None:
         model, train, num_classes = config.model, config.train, dataset.num_classes
         take_batch = steps.make_take_batch(train.batch_size, model.ghost_batch_size or 1, self.layout)
         augment = make_augment(config.data.augment, dataset.train.image_shape)
-        evaluate = make_evaluate(model, train.eval_batch_size, num_classes, self.layout)
-        population = make_population_statistics(model, train.eval_batch_size, num_classes, self.layout)
         gradients = steps.make_gradients(steps.make_loss(model, num_classes, augment), take_batch, train.batch_size)
-        watch = make_watch(model, train.watch, len(self._watched), train.eval_batch_size, num_classes, self.layout)
         self._create_one = partial(create_state, model, config.optimizer, num_classes, dataset.train.image_shape)
 
-        make = partial(Program, sharding=self._sharding)
-        over = self._members.map
+        make = partial(Program, sharding=self._members.sharding)
         training = (_STATE, _HYPER, _ORDER)
         self._by_step = (
             jax.default_backend() == "cpu"
@@ -139,28 +118,14 @@ class Programs:
         self._create = make("create", self._members.map_at_once(self._create_one), optimise=False)
         self._train = make_train("train")
         self._train_frozen = make_train("train_frozen", freeze_norm=True)
-        self._watch = make("watch", over(watch, _VARIABLES), trace_in_thread=True) if config.train.watch else None
-        self._gradients = make("gradients", over(gradients, training))
-        # Only `predictions` asks for the second result; for `measure` the compiler leaves it out.
-        measure, predict = over(lambda *arguments: evaluate(*arguments)[0], _VARIABLES), over(evaluate, _VARIABLES)
-        names = {split: "evaluate" if dataset.streamed else split for split in self._eval_splits}
-        self._measure = {split: make(name, measure, trace_in_thread=True) for split, name in names.items()}
-        self._predict = {split: make(f"{name} predictions", predict) for split, name in names.items()}
-        self._population = make("population", over(population, _VARIABLES))
+        self._gradients = make("gradients", self._members.map(gradients, training))
         self._copy = make("copy", lambda state: jax.tree.map(jnp.copy, state), optimise=False)
         self._learning_rate = Program("learning_rate", partial(learning_rate, config.optimizer), optimise=False)
 
-    @functools.cached_property
+    @cached_property
     def member_template(self) -> TrainState:
         """The shapes and types of the state of one member."""
         return jax.eval_shape(self._create_one, self._hypers[0])
-
-    def with_members(self, configs: Sequence[ConfigDict]) -> "Programs":
-        """The same programs, already compiled, for as many other members."""
-        other = copy.copy(self)
-        other.compiler = self.compiler.with_clocks_at_zero()
-        other._set_members(configs)
-        return other
 
     def where(self) -> str:
         """The devices in words, and the layout on them."""
@@ -185,7 +150,7 @@ class Programs:
 
     def place(self, arrays: PyTree) -> PyTree:
         """Puts host arrays in the form of `template` on the devices; rows beyond `count` are ignored."""
-        return mesh.put(self._members.pad(arrays), self._sharding)
+        return mesh.put(self._members.pad(arrays), self._members.sharding)
 
     def snapshot(self, state: TrainState) -> TrainState:
         """A copy of `state` for a checkpoint, which further training does not change.
@@ -193,7 +158,8 @@ class Programs:
         It consists of numpy arrays in the form of `template`. If other processes hold a part of the state, it stays on
         the devices, padding included.
         """
-        if self._sharding is None or self._sharding.is_fully_addressable:
+        sharding = self._members.sharding
+        if sharding is None or sharding.is_fully_addressable:
             return self._members.unpad(mesh.fetch(state))
         return self.compiler.call(self._copy, state)
 
@@ -212,7 +178,7 @@ class Programs:
         program = self._program(step)
         if program.name in self.compiler or step >= self.total_steps:
             return
-        self.compiler.start(program, (self._placed_template(), self.hyper, *self._position(step), np.int32(1)))
+        self.compiler.start(program, (self._placed_template(), self.hyper, *self._feed.position(step), np.int32(1)))
 
     def _program(self, step: int) -> Program:
         """The program that trains from `step` on: a second one, once the norms are frozen."""
@@ -220,22 +186,21 @@ class Programs:
 
     def _placed_template(self) -> TrainState:
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._members.sharding),
             jax.eval_shape(self._create.function, self.hyper),
         )
 
     def advance(self, state: TrainState, step: int, count: int) -> TrainState:
-        """Takes `count` steps within one epoch, from `step`, the step of `state`; `state` is used up."""
+        """Takes `count` steps from `step`, the step of `state`; `state` is used up."""
         end = step + count
         while step < end:
-            count = min(end, self._freeze_step if step < self._freeze_step else end) - step
-            if self._stream:
-                count = min(count, self._stream.steps_left(step))
+            stop = self._freeze_step if step < self._freeze_step < end else end
+            count = min(stop - step, self._feed.steps_left(step))
             if self._by_step:
                 count, numbers = 1, range(self._members.rows_each)
             else:
                 numbers = [count]
-            arguments = self._position(step)
+            arguments = self._feed.position(step)
             for number in numbers:
                 state = self.compiler.call(self._program(step), state, self.hyper, *arguments, np.int32(number))
             del arguments
@@ -244,19 +209,7 @@ class Programs:
 
     def gradients(self, state: TrainState, step: int) -> tuple[Array, PyTree]:
         """The logits, `(batch, classes)`, and the gradients of the loss, for the batch that `step` trains on."""
-        return self.compiler.call(self._gradients, state, self.hyper, *self._position(step))
-
-    def _position(self, step: int) -> tuple[Array, Array, Array, np.int32]:
-        """The training set, its order in the epoch of `step`, and the number of the batch of `step` in that order.
-
-        For a streamed data set, a window of it takes the place of the training set.
-        """
-        if self._stream:
-            return self._stream.position(step)
-        epoch, first = divmod(step, self.steps_per_epoch)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, self.place(self._order(epoch)))
-        return (*self._data["train"], self._epoch_order[1], np.int32(first))
+        return self.compiler.call(self._gradients, state, self.hyper, *self._feed.position(step))
 
     def _order(self, epoch: int) -> np.ndarray:
         return self._members.stack([steps.epoch_permutation(seed, epoch, self._num_train) for seed in self._seeds])
@@ -268,65 +221,38 @@ class Programs:
     def fresh_metrics(self, state: TrainState) -> TrainState:
         """`state` with empty metrics; `state` is used up."""
         empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.metrics)
-        return state.replace(metrics=mesh.put(empty, self._sharding))
+        return state.replace(metrics=mesh.put(empty, self._members.sharding))
 
     # Evaluation.
 
+    def _variables(self, state: TrainState) -> Variables:
+        return state.params, state.batch_stats, self.hyper
+
     def compile_measure_ahead(self) -> None:
-        """Starts to compile the programs of `measure` in the background; does nothing for streamed data."""
-        if self._stream:
-            return
-        state = self._placed_template()
-        watched = [("test", self._watch)] if self._watch else []
-        for split, program in [*self._measure.items(), *watched]:
-            if program.name not in self.compiler:
-                self.compiler.start(program, (state.params, state.batch_stats, self.hyper, *self._data[split]))
+        """See `Evaluator.compile_ahead`."""
+        self._evaluator.compile_ahead(self._variables(self._placed_template()))
 
     def measure(self, state: TrainState) -> list[dict[str, EvalMetrics]]:
-        """Each member's metrics on the validation split, if there is one, and on the test split, on every host."""
-        merge = partial(functools.reduce, EvalMetrics.merge)  # in the order of the program's own loop
-        return self.split({name: merge(self._parts(program, name, state)) for name, program in self._measure.items()})
-
-    def predictions(self, state: TrainState) -> list[dict[str, tuple[EvalMetrics, Predictions]]]:
-        """The same, each with what the member's network says of the split's examples, `(examples,)`."""
-        parts = {name: list(self._parts(program, name, state)) for name, program in self._predict.items()}
-        return [{name: join(found) for name, found in member.items()} for member in self.split(parts)]
-
-    def _parts(self, program: Program, split: str, state: TrainState) -> Iterator[PyTree]:
-        """The result of `program` on a split, or on each of its streamed batches."""
-        call = partial(self.compiler.call, program, state.params, state.batch_stats, self.hyper)
-        if self._stream is None:
-            yield call(*self._data[split])
-            return
-
-        def on_host(batch: tuple) -> PyTree:  # not a loop, which would keep a batch while the next one is read
-            return jax.device_get(call(*batch))
-
-        with contextlib.closing(self._stream.batches(self._eval_splits[split])) as batches:
-            yield from map(on_host, batches)
-
-    def watch(self, state: TrainState) -> list[Percentiles]:
-        """Each member's percentiles of what `config.train.watch` names, on every host."""
-        if self._watch is None:
-            return [{} for _ in range(self.count)]
-        call = partial(self.compiler.call, self._watch, state.params, state.batch_stats, self.hyper)
-        if self._stream is None:
-            return self.split(call(*self._data["test"]))
-        with contextlib.closing(self._stream.batches(self._watched)) as batches:
-            images, labels, _ = next(batches)
-        return self.split(call(images, labels))
+        """See `Evaluator.measure`."""
+        return self._evaluator.measure(self._variables(state))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """The `figures` of a single run."""
         (measured,) = self.measure(state)
         return figures(measured)
 
+    def predictions(self, state: TrainState) -> list[dict[str, tuple[EvalMetrics, Predictions]]]:
+        """See `Evaluator.predictions`."""
+        return self._evaluator.predictions(self._variables(state))
+
+    def watch(self, state: TrainState) -> list[Percentiles]:
+        """See `Evaluator.watch`."""
+        return self._evaluator.watch(self._variables(state))
+
     def population_statistics(self, state: TrainState) -> PyTree:
-        """The `batch_stats` of all training examples as one batch."""
-        variables = (state.params, state.batch_stats, self.hyper)
-        return self.compiler.call(self._population, *variables, *self._data["train"])
+        """See `Evaluator.population_statistics`."""
+        return self._evaluator.population_statistics(self._variables(state))
 
     def close(self) -> None:
         """Ends the thread that reads streamed data; further training starts it again."""
-        if self._stream:
-            self._stream.close()
+        self._feed.close()
