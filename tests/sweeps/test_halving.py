@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import saved
-from tests.helpers import small
+from tests.helpers import shared, small
 from tests.helpers.runs import command, outcome
 from tests.runs.test_metrics import hparams_of
 from tests.sweeps.test_sweep import figures, ledger_of, rows, sweep_config
@@ -37,8 +37,9 @@ def config(swept=None, **changes):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_data():
-    with pytest.MonkeyPatch.context() as patch:
+def small_data_and_compiled_once():
+    """Members of one kind share what is compiled, those that train alone included."""
+    with shared.programs(), pytest.MonkeyPatch.context() as patch:
         for module in (plan, run):
             patch.setattr(module, "load_dataset", small.load)
         yield

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import saved, sweep_best, sweep_halving, sweep_lr, sweep_norm, sweep_renorm, sweep_width
-from tests.helpers import small
+from tests.helpers import shared, small
 from tests.helpers.runs import command
 from tests.runs.test_metrics import hparams_of
 from vmapbn_flax import default_config, load_run
@@ -57,6 +57,13 @@ def small_data():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Members of one kind share what is compiled, those that train alone included."""
+    with shared.programs() as programs:
+        yield programs
+
+
 @pytest.fixture
 def real_data(monkeypatch):
     from vmapbn_flax.data import load_dataset
@@ -85,9 +92,10 @@ def compilations():
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory, compilations):
+def eight(tmp_path_factory, programs, compilations):
     """A finished sweep of eight members, with how often its step was compiled."""
     workdir = tmp_path_factory.mktemp("eight") / "sweep"
+    programs.forget()
     before = len(compilations)
     sweep.train_sweep(sweep_config(), workdir)
     return workdir, len(compilations) - before
@@ -339,7 +347,7 @@ def test_finished_sweep_trains_nothing(eight, monkeypatch):
 
 def validation_accuracy(workdir, step):
     """Of the checkpoint of a member's `step`."""
-    programs = Programs([saved.get_config(str(workdir))], small.dataset(20))
+    programs = run.Programs([saved.get_config(str(workdir))], small.dataset(20))
     return programs.evaluate(restore(workdir / "checkpoints", step, programs.template())[0])["validation_accuracy"]
 
 
@@ -415,8 +423,9 @@ def test_batches_are_those_of_each_seed():
     dataset = small.dataset(20)
     programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, 3))
     state = programs.advance(programs.create(), 0, 1)
+    first_alone = Programs(configs[:1], dataset)
     for config, member in zip(configs, programs.split(state), strict=True):
-        alone = Programs([config], dataset)
+        alone = first_alone.with_members([config])
         small.assert_close(member, alone.advance(alone.create(), 0, 1))
 
 
@@ -453,10 +462,10 @@ def test_diverging_member_changes_nothing_in_the_others(tmp_path):
     workdirs = tmp_path / "healthy", tmp_path / "sick"
     for config, workdir in zip((healthy, sick), workdirs, strict=True):
         assert sweep.train_sweep(config, workdir).count("failed") == 0
+    template = Programs([healthy_config := expand(healthy)[0].config], small.dataset(20)).template()
+    assert healthy_config.train.max_skipped_steps == 4
     for name in ("learning_rate=0.01", "learning_rate=0.03"):
         assert (workdirs[0] / name / "metrics.jsonl").read_text() == (workdirs[1] / name / "metrics.jsonl").read_text()
-        template = Programs([healthy_config := expand(healthy)[0].config], small.dataset(20)).template()
-        assert healthy_config.train.max_skipped_steps == 4
         states = [restore(workdir / name / "checkpoints", STEPS, template)[0] for workdir in workdirs]
         small.assert_same_bits(*states)
     entry = ledger_of(workdirs[1])["members"]["learning_rate=1e+38"]
@@ -499,7 +508,8 @@ def test_more_members_than_files_may_be_open(tmp_path):
 
 
 @pytest.mark.slow
-def test_widths_are_groups(tmp_path, compilations):
+def test_widths_are_groups(tmp_path, programs, compilations):
+    programs.forget()
     before = len(compilations)
     config = sweep_config({"model__hidden": ((4,), (5,)), "seed": (0, 1, 2, 3)}, sweep_options__chunk=2)
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
@@ -510,6 +520,7 @@ def test_widths_are_groups(tmp_path, compilations):
     assert len(compilations) - before == 2  # the chunks of a group share a program
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize(
     ("on_failure", "statuses"),
     [("continue", ["failed", "done"]), pytest.param("stop", ["failed", "pending"], marks=pytest.mark.slow)],
