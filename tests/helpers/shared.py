@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 
+from vmapbn_flax.config import flat
+from vmapbn_flax.fields import FIELDS
 from vmapbn_flax.runs import train as run
 from vmapbn_flax.sweeps import train as sweep
-from vmapbn_flax.sweeps.expand import program_key
 from vmapbn_flax.training import compiler
 from vmapbn_flax.training.programs import Programs
 
@@ -14,21 +15,34 @@ from vmapbn_flax.training.programs import Programs
 class SharedPrograms:
     """Makes `Programs` whose compiled code is that of the first ones for as many configs of the same kind.
 
-    Those compiled quickly, see the module `quick`, are others.
+    Those compiled quickly, see the module `quick`, are of another kind.
     """
 
     def __init__(self):
-        self._made = {}
+        self.forget()
 
     def __call__(self, configs, dataset, devices=None):
-        key = len(configs), program_key(configs[0]), id(dataset.train), devices, repr(compiler._CPU_OPTIONS)
-        if key not in self._made:
-            self._made[key] = Programs(configs, dataset, devices), dataset  # which lives as long as its id is a key
-        return self._made[key][0].with_members(configs)
+        kind = len(configs), _compiled_fields(configs[0]), id(dataset.train), devices, repr(compiler._CPU_OPTIONS)
+        of_this_length = kind, configs[0].train.num_epochs
+        if of_this_length not in self._programs:
+            programs = Programs(configs, dataset, devices)
+            programs.compiler = self._compilers.setdefault(kind, programs.compiler)
+            self._programs[of_this_length] = programs, dataset  # which lives as long as its id is in a key
+        return self._programs[of_this_length][0].with_members(configs)
 
     def forget(self):
         """Has the next ones compile."""
-        self._made.clear()
+        self._compilers, self._programs = {}, {}
+
+
+def _compiled_fields(config):
+    """What of a config may be compiled in: not what programs take as an argument, and not what Python alone reads."""
+
+    def is_compiled(name):
+        is_argument = name in FIELDS and FIELDS[name].traced is not None
+        return not is_argument and not name.startswith(("sweep_options.", "train.log_every", "train.eval_every"))
+
+    return repr(sorted((name, value) for name, value in flat(config).items() if is_compiled(name)))
 
 
 @contextlib.contextmanager

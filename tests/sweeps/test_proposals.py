@@ -322,6 +322,7 @@ def test_failed_members(trainer, no_mirror, tmp_path):
 # Trained for real.
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_batches_share_a_program(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(sweep, "Programs", lambda *arguments: made.append(Programs(*arguments)) or made[-1])
