@@ -22,13 +22,14 @@ class SharedPrograms:
         self.forget()
 
     def __call__(self, configs, dataset, devices=None):
-        kind = len(configs), _compiled_fields(configs[0]), id(dataset.train), devices, repr(compiler._CPU_OPTIONS)
-        of_this_length = kind, configs[0].train.num_epochs
-        if of_this_length not in self._programs:
+        fields, shapes = _compiled_fields(configs[0]), _shapes(dataset)
+        kind = len(configs), fields, shapes, devices, repr(compiler._CPU_OPTIONS)
+        same = kind, id(dataset.train), configs[0].train.num_epochs
+        if same not in self._programs:
             programs = Programs(configs, dataset, devices)
             programs.compiler = self._compilers.setdefault(kind, programs.compiler)
-            self._programs[of_this_length] = programs, dataset  # which lives as long as its id is in a key
-        return self._programs[of_this_length][0].with_members(configs)
+            self._programs[same] = programs, dataset  # which lives as long as its id is in a key
+        return self._programs[same][0].with_members(configs)
 
     def forget(self):
         """Has the next ones compile."""
@@ -40,9 +41,16 @@ def _compiled_fields(config):
 
     def is_compiled(name):
         is_argument = name in FIELDS and FIELDS[name].traced is not None
-        return not is_argument and not name.startswith(("sweep_options.", "train.log_every", "train.eval_every"))
+        by_python = ("sweep_options.", "train.log_every", "train.eval_every", "data.name", "data.dir")
+        return not is_argument and not name.startswith(by_python)
 
     return repr(sorted((name, value) for name, value in flat(config).items() if is_compiled(name)))
+
+
+def _shapes(dataset):
+    splits = (dataset.train, dataset.validation, dataset.test)
+    sizes = [(len(split), split.image_shape) for split in splits if split is not None]
+    return dataset.streamed, dataset.num_classes, *sizes
 
 
 @contextlib.contextmanager
