@@ -51,7 +51,7 @@ def outcome(workdir):
 
 def mirrored(workdir):
     """The members of a sweep in the database for Optuna's dashboard, and the state and value of each."""
-    storage = optuna.storages.RDBStorage(f"sqlite:///{workdir}/optuna.db")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{workdir}/optuna.db", skip_compatibility_check=True)
     (study,) = optuna.get_all_study_summaries(storage)
     trials = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     storage.remove_session()

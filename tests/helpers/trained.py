@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.helpers import small
+from tests.helpers import quick, small
 from vmapbn_flax.data import Dataset, Split
 from vmapbn_flax.networks import choose_network
 from vmapbn_flax.runs.checkpoints import Checkpoints
@@ -31,8 +31,8 @@ def write(path, config, data, steps=(1,)):
     """A run in the workdir `path`, as training leaves it, of weights that differ from step to step."""
     workdir, programs = Workdir(path), Programs([config], data)
     workdir.write(workdir.config, config.to_dict())
-    created, rows = programs.create(), []
-    with contextlib.closing(Checkpoints(workdir.checkpoints)) as checkpoints:
+    with quick.programs(), contextlib.closing(Checkpoints(workdir.checkpoints)) as checkpoints:
+        created, rows = programs.create(), []
         for step in steps:
             rng = np.random.default_rng(step)
 

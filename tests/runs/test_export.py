@@ -1,6 +1,7 @@
 """A trained run as a file: what reads it computes the same probabilities."""
 
 import dataclasses
+import functools
 import json
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,9 @@ NETWORKS = {
 GREY, COLOUR = (28, 28), (9, 12, 3)  # shapes of an image
 
 
+@functools.cache
 def trained(network, image_shape=GREY, dtype="float32"):
-    """A run that has trained `network`: its variables are random."""
+    """A run that has trained `network`: its variables are random. One for all tests, which compiles once."""
     config = default_config()
     config.model.dtype = dtype
     config.model.norm = "vmap" if network.norm else "none"
@@ -49,6 +51,11 @@ def trained(network, image_shape=GREY, dtype="float32"):
         border=0.0,
         figures={},
     )
+
+
+@functools.cache
+def folded(network, image_shape=GREY):
+    return trained(network, image_shape).fold()
 
 
 def photographs(size, shape):
@@ -149,7 +156,7 @@ def test_stablehlo_takes_a_network_of_ones_own(tmp_path):
 def test_torch_predicts_the_same(name, shape, tmp_path):
     pytest.importorskip("torch")
     run, images, path = trained(NETWORKS[name], shape), some_images(shape), tmp_path / "file.pt"
-    for form in (run, run.fold()):
+    for form in (run, folded(NETWORKS[name], shape)):
         code = export(form, path)
         close(read_torch(path, images, code), run.predict(images))
 
@@ -159,7 +166,7 @@ def test_safetensors_have_the_variables_and_what_they_are_of(tmp_path):
     from safetensors.numpy import load_file
 
     unfolded, path, images = trained(NETWORKS["conv"]), tmp_path / "file.safetensors", mnist()
-    for run, collections in ((unfolded, {"params", "batch_stats"}), (unfolded.fold(), {"params"})):
+    for run, collections in ((unfolded, {"params", "batch_stats"}), (folded(NETWORKS["conv"]), {"params"})):
         assert export(run, path) == ""
         variables = unflatten_dict(load_file(path), sep="/")
         assert variables.keys() == collections
@@ -179,11 +186,11 @@ def test_safetensors_have_the_variables_and_what_they_are_of(tmp_path):
 
 def test_a_folded_run_predicts_the_same():
     run, images = trained(NETWORKS["conv"]), mnist()
-    folded = run.fold()
-    assert folded.network.norm is None
-    assert folded.config.model.norm == "none"
+    without_norm = folded(NETWORKS["conv"])
+    assert without_norm.network.norm is None
+    assert without_norm.config.model.norm == "none"
     assert run.config.model.norm == "vmap"
-    close(folded.predict(images), run.predict(images))
+    close(without_norm.predict(images), run.predict(images))
 
 
 def test_what_has_no_such_form_is_refused_and_leaves_the_file_alone(tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.helpers import shared
 from tests.helpers.own import examples, write_folder, write_idx
 from tests.helpers.runs import CONFIG, command
 from vmapbn_flax.data import folder
@@ -12,6 +13,13 @@ from vmapbn_flax.data import folder
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, of itself
 
 STREAMED = f"--config.data.memory_limit={40 * (8 * 9 + 4) / 1e9}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """In memory, data of each format meets the same program."""
+    with shared.programs():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +80,7 @@ def test_what_is_wrong_is_one_line(train, tmp_path, name, flags, message):
     assert message in lines[0]
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_held_out_examples_are_part_of_the_config(train, own, tmp_path):
     """A resume with another fraction is refused: training examples would have been test examples."""
     flags = ["--config.data.dir=held_out"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers import small
+from tests.helpers import quick, shared, small
 from tests.helpers.runs import CONFIG, command, leftovers, outcome, state_bytes
 from tests.runs.test_metrics import scalars
 from vmapbn_flax.cli.flags import parse_config
@@ -22,15 +22,9 @@ TOTAL = 30  # 6 steps an epoch, for 5 epochs
 
 @pytest.fixture(scope="module", autouse=True)
 def small_and_compiled_once():
-    """One compilation serves all runs, and none draws; in tests/faults/ each is a process that does both."""
-    programs = {}
-
-    def compiled(configs, dataset, devices):
-        return programs.setdefault(configs[0].to_json(), Programs(configs, dataset, devices))
-
-    with pytest.MonkeyPatch.context() as patch:
+    """One quick compilation serves all runs, and none draws; in tests/faults/ each is a process that does both."""
+    with quick.programs(), shared.programs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_dataset", lambda *where: small.dataset())
-        patch.setattr(run, "Programs", compiled)
         patch.setattr("vmapbn_flax.runs.pictures.plot_runs", lambda workdirs, output: output.touch())
         yield
 
@@ -269,7 +263,6 @@ def test_fewer_data_are_refused(train, workdir, undisturbed, monkeypatch):
     (workdir / "summary.json").unlink()
     fewer = dataclasses.replace(small.dataset(), train=small.dataset().train[:64])
     monkeypatch.setattr(run, "load_dataset", lambda *where: fewer)
-    monkeypatch.setattr(run, "Programs", Programs)
     status, lines = train()
     assert (status, len(lines)) == (1, 1)
     assert "got a checkpoint of step 30, expected at most the 20 of this run: its data set has shrunk" in lines[0]

@@ -8,6 +8,7 @@ import pytest
 from tensorboardX.proto.summary_pb2 import HistogramProto
 
 from configs import paper
+from tests.helpers import quick
 from tests.runs.test_metrics import events
 from tests.sweeps import test_sweep
 from tests.sweeps.test_sweep import small_data  # noqa: F401
@@ -29,7 +30,8 @@ def config(norms=("none", "vmap"), **changes):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_data):  # noqa: F811
     workdir = tmp_path_factory.mktemp("paper") / "sweep"
-    train_sweep(config(), workdir)
+    with quick.programs():
+        train_sweep(config(), workdir)
     return workdir
 
 

@@ -1,14 +1,15 @@
 """Successive halving: who is stopped and who trains on, with the bits of the sweep without rungs."""
 
+import itertools
 import json
 import shutil
 import signal
+from operator import itemgetter
 
-import jax
 import pytest
 
 from configs import saved
-from tests.helpers import small
+from tests.helpers import shared, small
 from tests.helpers.runs import command, outcome
 from tests.runs.test_metrics import hparams_of
 from tests.sweeps.test_sweep import figures, ledger_of, rows, sweep_config
@@ -37,8 +38,9 @@ def config(swept=None, **changes):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_data():
-    with pytest.MonkeyPatch.context() as patch:
+def small_data_and_compiled_once():
+    """Groups of eight share what is compiled, those of two, and members alone."""
+    with shared.programs(), pytest.MonkeyPatch.context() as patch:
         for module in (plan, run):
             patch.setattr(module, "load_dataset", small.load)
         yield
@@ -165,40 +167,38 @@ def test_a_signal_after_a_rung(call, halved, tmp_path, monkeypatch):
 SHORT = {"sweep_options__halving": 2, "train__num_epochs": 1.6}  # one rung, at half of the steps
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_a_member_diverges_at_the_rung(tmp_path):
-    """In its last step before the rung. It is not ranked; of the other two, fewer than the divisor, one trains on."""
-    swept = {"optimizer__learning_rate": (0.01, 1e38, 0.1)}
-    changes = SHORT | {"sweep_options__halving": 3, "train__max_skipped_steps": 3}
-    members = sweep.train_sweep(config(swept, **changes), tmp_path / "sweep").members
+    """In its last step before the rung. It is not ranked; of the others, fewer than the divisor, one trains on."""
+    swept = {"optimizer__learning_rate": (0.01, 1e38, *(0.1 * i for i in range(1, 7)))}
+    members = sweep.train_sweep(config(swept, **SHORT | {"sweep_options__halving": 8}), tmp_path / "sweep").members
     diverged = members["learning_rate=1e+38"]
     assert diverged == {"status": "diverged", "step": 4, "reason": "3 steps in a row not finite, up to step 4"}
-    assert sorted(entry["status"] for entry in members.values()) == ["diverged", "done", "stopped"]
-    (stopped,) = (entry for entry in members.values() if entry["status"] == "stopped")
-    assert stopped["reason"] == "rung 0, after 0.8 epochs: rank 2 of 2, of which 1 goes on"
+    assert sorted(entry["status"] for entry in members.values()) == ["diverged", "done", *["stopped"] * 6]
+    stopped = sorted((entry for entry in members.values() if entry["status"] == "stopped"), key=itemgetter("rank"))
+    assert [entry["reason"] for entry in stopped] == [
+        f"rung 0, after 0.8 epochs: rank {rank} of 7, of which 1 goes on" for rank in range(2, 8)
+    ]
 
 
 @pytest.mark.slow
 def test_all_members_diverge_before_the_rung(tmp_path):
     swept = {"optimizer__learning_rate": (1e38, 2e38)}
-    ledger = sweep.train_sweep(config(swept, **SHORT, train__max_skipped_steps=2), tmp_path / "sweep")
+    ledger = sweep.train_sweep(config(swept, **SHORT), tmp_path / "sweep")
     assert (ledger.count("diverged"), len(ledger.groups)) == (2, 1)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_a_group_that_fails_is_waited_for(tmp_path, monkeypatch):
     """No member of the rung is ranked before all are there: two of four are stopped, as without the failure."""
-    failing = config({"model__hidden": ((4,), (5,)), "seed": SEEDS}, **SHORT)
-    create = Programs.create
+    failing = config({"optimizer__learning_rate": RATES[:2], "seed": SEEDS}, sweep_options__chunk=2, **SHORT)
+    create, calls = Programs.create, itertools.count()
 
     def fail_first(programs):
-        if jax.tree.leaves(programs.template().params)[0].shape[-1] == 4:
+        if next(calls) == 0:
             raise RunError("out of luck")
         return create(programs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Programs, "create", fail_first)
-        ledger = sweep.train_sweep(failing, tmp_path / "sweep")
+    monkeypatch.setattr(Programs, "create", fail_first)
+    ledger = sweep.train_sweep(failing, tmp_path / "sweep")
     assert [entry["status"] for entry in ledger.members.values()] == ["failed"] * 2 + ["waiting"] * 2
     members = sweep.train_sweep(failing, tmp_path / "sweep").members
     ranked = sorted(members, key=lambda name: -accuracy(tmp_path / "sweep" / name, 4))
@@ -206,17 +206,19 @@ def test_a_group_that_fails_is_waited_for(tmp_path, monkeypatch):
     assert [members[name]["rank"] for name in ranked[2:]] == [3, 4]
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_new_values_are_ranked_among_themselves(copy_of_halved):
     before, found = ledger_of(copy_of_halved), figures(copy_of_halved)
-    more = config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2)}, **HALVING)
+    more = config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2, 4)}, **HALVING)
     ledger = sweep.train_sweep(more, copy_of_halved)
-    assert [len(group) for group in ledger.groups] == [8, 2, 1, 4, 1, 1]
+    assert [len(group) for group in ledger.groups] == [8, 2, 1, 8, 2, 1]
     assert {name: entry for name, entry in ledger.members.items() if name in before["members"]} == before["members"]
     assert {name: rows for name, rows in figures(copy_of_halved).items() if name in found} == found
     new = [entry for name, entry in ledger.members.items() if name not in before["members"]]
-    assert sorted(entry.get("rank", 1) for entry in new) == [1, 2, 3, 4]
-    assert all(entry["reason"].endswith("of 4, of which 1 goes on") for entry in new if entry["status"] == "stopped")
+    assert sorted(entry.get("rank", 1) for entry in new) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert {entry["reason"].partition(" of ")[2] for entry in new if entry["status"] == "stopped"} == {
+        "8, of which 2 go on",
+        "2, of which 1 goes on",
+    }
 
 
 @pytest.mark.slow

@@ -222,6 +222,7 @@ def undisturbed(trainer, no_mirror, tmp_path):
     return ledger_of(tmp_path / "undisturbed")
 
 
+@pytest.mark.usefixtures("unchecked")  # of the same calls as the others, many times as many
 def test_killed_after_any_member(trainer, undisturbed, tmp_path):
     """Between two batches, and inside one."""
     for count in range(SIZE + 1):
@@ -238,6 +239,7 @@ def test_killed_after_any_member(trainer, undisturbed, tmp_path):
         assert ledger_of(tmp_path / str(count)) == undisturbed
 
 
+@pytest.mark.usefixtures("unchecked")  # of the same calls as the others, many times as many
 def test_killed_before_any_write_of_a_batch(trainer, undisturbed, tmp_path, monkeypatch):
     """Before the batch is in the ledger, it is proposed again."""
     write, cuts = workdir_module.write_json, 0
@@ -322,6 +324,7 @@ def test_failed_members(trainer, no_mirror, tmp_path):
 # Trained for real.
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_batches_share_a_program(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(sweep, "Programs", lambda *arguments: made.append(Programs(*arguments)) or made[-1])

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 import resource
@@ -6,12 +7,11 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from configs import saved, sweep_best, sweep_halving, sweep_lr, sweep_norm, sweep_renorm, sweep_width
-from tests.helpers import small
+from tests.helpers import shared, small
 from tests.helpers.runs import command
 from tests.runs.test_metrics import hparams_of
 from vmapbn_flax import default_config, load_run
@@ -30,7 +30,13 @@ from vmapbn_flax.training import mesh, steps
 from vmapbn_flax.training.members import member_bytes
 from vmapbn_flax.training.programs import Programs
 
-BASE = {"data__validation_size": 20, "train__log_every": 3, "train__eval_every": 1.4, "optimizer__name": "sgd"}
+BASE = {
+    "data__validation_size": 20,
+    "optimizer__name": "sgd",
+    "train__log_every": 3,
+    "train__eval_every": 1.4,
+    "train__max_skipped_steps": 3,
+}
 RATES, SEEDS = (0.01, 0.03, 0.1, 0.3), (0, 1)
 STEPS = 20
 
@@ -55,6 +61,13 @@ def small_data():
         for module in (plan, run):
             patch.setattr(module, "load_dataset", lambda data: small.dataset(data.validation_size))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Groups of eight share what is compiled, and members alone."""
+    with shared.programs() as programs:
+        yield programs
 
 
 @pytest.fixture
@@ -85,9 +98,10 @@ def compilations():
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory, compilations):
+def eight(tmp_path_factory, programs, compilations):
     """A finished sweep of eight members, with how often its step was compiled."""
     workdir = tmp_path_factory.mktemp("eight") / "sweep"
+    programs.forget()
     before = len(compilations)
     sweep.train_sweep(sweep_config(), workdir)
     return workdir, len(compilations) - before
@@ -166,7 +180,6 @@ def test_random():
     assert {values["model.norm"] for values in first} == {"vmap", "none"}
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_between_two_close_numbers(seed):
     """At four digits this would be 1.0 again and again, which is no decay."""
@@ -339,7 +352,7 @@ def test_finished_sweep_trains_nothing(eight, monkeypatch):
 
 def validation_accuracy(workdir, step):
     """Of the checkpoint of a member's `step`."""
-    programs = Programs([saved.get_config(str(workdir))], small.dataset(20))
+    programs = run.Programs([saved.get_config(str(workdir))], small.dataset(20))
     return programs.evaluate(restore(workdir / "checkpoints", step, programs.template())[0])["validation_accuracy"]
 
 
@@ -375,7 +388,7 @@ def test_a_member_is_loaded_like_any_run(eight):
 @pytest.mark.slow
 def test_a_diverged_member_keeps_its_best_checkpoint(tmp_path):
     """It is evaluated at every step, until a loss is not finite."""
-    config = sweep_config({"optimizer__learning_rate": (0.01, 1e38)}, train__max_skipped_steps=3, train__eval_every=0.2)
+    config = sweep_config({"optimizer__learning_rate": (0.01, 1e38)}, train__eval_every=0.2)
     entry = sweep.train_sweep(config, tmp_path / "sweep").members["learning_rate=1e+38"]
     assert entry["status"] == "diverged"
     diverged = tmp_path / "sweep" / "learning_rate=1e+38"
@@ -409,14 +422,13 @@ def test_member_equals_its_run(eight, member, tmp_path):
         assert saved[0][1] == saved[1][1]  # and what lies beside the state
 
 
-@pytest.mark.usefixtures("compiled_quickly")
-def test_batches_are_those_of_each_seed():
-    configs = [member.config for member in expand(sweep_config({"seed": (3, 4, 5)}))]
+def test_batches_are_those_of_each_seed(programs):
+    configs = [member.config for member in expand(sweep_config({"seed": tuple(range(3, 11))}))]
     dataset = small.dataset(20)
-    programs = Programs(configs, dataset, mesh.member_mesh(configs[0].mesh, 3))
-    state = programs.advance(programs.create(), 0, 1)
-    for config, member in zip(configs, programs.split(state), strict=True):
-        alone = Programs([config], dataset)
+    together = programs(configs, dataset, mesh.member_mesh(configs[0].mesh, 8))
+    state = together.advance(together.create(), 0, 1)
+    for config, member in zip(configs, together.split(state), strict=True):
+        alone = programs([config], dataset, mesh.solo_mesh(config.mesh))
         small.assert_close(member, alone.advance(alone.create(), 0, 1))
 
 
@@ -445,40 +457,37 @@ def test_signal_saves(eight, tmp_path, monkeypatch, capsys):
     assert figures(tmp_path / "sweep") == figures(eight[0])
 
 
-def test_diverging_member_changes_nothing_in_the_others(tmp_path):
-    healthy, sick = (
-        sweep_config({"optimizer__learning_rate": (0.01, 0.03, last)}, train__max_skipped_steps=4)
-        for last in (0.1, 1e38)
-    )
-    workdirs = tmp_path / "healthy", tmp_path / "sick"
-    for config, workdir in zip((healthy, sick), workdirs, strict=True):
-        assert sweep.train_sweep(config, workdir).count("failed") == 0
-    for name in ("learning_rate=0.01", "learning_rate=0.03"):
-        assert (workdirs[0] / name / "metrics.jsonl").read_text() == (workdirs[1] / name / "metrics.jsonl").read_text()
-        template = Programs([healthy_config := expand(healthy)[0].config], small.dataset(20)).template()
-        assert healthy_config.train.max_skipped_steps == 4
-        states = [restore(workdir / name / "checkpoints", STEPS, template)[0] for workdir in workdirs]
-        small.assert_same_bits(*states)
-    entry = ledger_of(workdirs[1])["members"]["learning_rate=1e+38"]
+def test_diverging_members_change_nothing_in_the_others(eight, tmp_path):
+    sick = sweep_config({"optimizer__learning_rate": (*RATES[:3], 1e38), "seed": SEEDS})
+    ledger = sweep.train_sweep(sick, tmp_path / "sweep")
+    assert (ledger.count("done"), ledger.count("diverged"), ledger.count("failed")) == (6, 2, 0)
+    template = Programs([expand(sick)[0].config], small.dataset(20)).template()
+    for name in ledger.members:
+        workdirs = eight[0] / name, tmp_path / "sweep" / name
+        if "1e+38" not in name:
+            healthy, beside_sick = ((workdir / "metrics.jsonl").read_text() for workdir in workdirs)
+            assert healthy == beside_sick
+            states = [restore(workdir / "checkpoints", STEPS, template)[0] for workdir in workdirs]
+            small.assert_same_bits(*states)
+    entry = ledger_of(tmp_path / "sweep")["members"]["learning_rate=1e+38,seed=0"]
     assert entry["status"] == "diverged"
-    assert 4 < entry["step"] < STEPS
-    assert entry["reason"] == f"4 steps in a row not finite, up to step {entry['step']}"
-    diverged = workdirs[1] / "learning_rate=1e+38"
+    assert 3 < entry["step"] < STEPS
+    assert entry["reason"] == f"3 steps in a row not finite, up to step {entry['step']}"
+    diverged = tmp_path / "sweep" / "learning_rate=1e+38,seed=0"
     assert max(row["step"] for row in rows(diverged)) <= entry["step"]
     assert [path.name for path in (diverged / "checkpoints").iterdir()] == [str(entry["step"])]
-    with pytest.raises(RunError, match=r"got 4 steps in a row whose loss or gradients are not finite"):
-        run.train(expand(sick)[2].config, diverged)
+    with pytest.raises(RunError, match=r"got 3 steps in a row whose loss or gradients are not finite"):
+        run.train(expand(sick)[6].config, diverged)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_group_of_which_all_diverge_ends(tmp_path, monkeypatch):
     written = []  # how many members had diverged, at each write of the ledger
     write = Ledger.write
     monkeypatch.setattr(Ledger, "write", lambda ledger: written.append(ledger.count("diverged")) or write(ledger))
-    config = sweep_config({"optimizer__learning_rate": (1e38, 2e38)}, train__max_skipped_steps=2)
+    config = sweep_config({"optimizer__learning_rate": (1e38, 2e38), "seed": (0, 1, 2, 3)})
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
-    assert 1 not in written  # those that diverge together are written together
-    assert ledger.count("diverged") == 2
+    assert {*written} == {0, 8}  # those that diverge together are written together
+    assert ledger.count("diverged") == 8
     assert all(entry["step"] < STEPS for entry in ledger.members.values())
     for name, entry in ledger.members.items():  # each as far as it came
         assert saved_steps(tmp_path / "sweep" / name / "checkpoints") == [entry["step"]]
@@ -499,7 +508,8 @@ def test_more_members_than_files_may_be_open(tmp_path):
 
 
 @pytest.mark.slow
-def test_widths_are_groups(tmp_path, compilations):
+def test_widths_are_groups(tmp_path, programs, compilations):
+    programs.forget()
     before = len(compilations)
     config = sweep_config({"model__hidden": ((4,), (5,)), "seed": (0, 1, 2, 3)}, sweep_options__chunk=2)
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
@@ -515,34 +525,33 @@ def test_widths_are_groups(tmp_path, compilations):
     [("continue", ["failed", "done"]), pytest.param("stop", ["failed", "pending"], marks=pytest.mark.slow)],
 )
 def test_group_that_fails(on_failure, statuses, tmp_path, monkeypatch):
-    config = sweep_config({"model__hidden": ((4,), (5,))}, sweep_options__on_failure=on_failure)
-    create = Programs.create
+    """The first of two, of one member each."""
+    config = sweep_config({"seed": SEEDS}, sweep_options__chunk=1, sweep_options__on_failure=on_failure)
+    create, calls = Programs.create, itertools.count()
 
     def fail_first(programs):
-        if jax.tree.leaves(programs.template().params)[0].shape == (small.FEATURES, 4):
+        if next(calls) == 0:
             raise RunError("out of luck")
         return create(programs)
 
     monkeypatch.setattr(Programs, "create", fail_first)
     ledger = sweep.train_sweep(config, tmp_path / "sweep")
     assert [entry["status"] for entry in ledger.members.values()] == statuses
-    assert ledger.members["hidden=4"]["reason"] == "RunError: out of luck"
+    assert ledger.members["seed=0"]["reason"] == "RunError: out of luck"
     if on_failure == "continue":
         return
-    monkeypatch.setattr(Programs, "create", create)
     again = sweep.train_sweep(config, tmp_path / "sweep")
     assert [entry["status"] for entry in again.members.values()] == ["done", "done"]
-    assert again.members["hidden=4"]["reason"] == ""
+    assert again.members["seed=0"]["reason"] == ""
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_new_values_are_new_groups(copy_of_eight):
     before = figures(copy_of_eight)
-    more = sweep_config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2)})
+    more = sweep_config({"optimizer__learning_rate": RATES, "seed": (*SEEDS, 2, 3)})
     ledger = sweep.train_sweep(more, copy_of_eight)
-    assert [len(names) for names in ledger.groups] == [8, 4]
-    assert all(name.endswith("seed=2") for name in ledger.groups[1])
-    assert ledger.count("done") == 12
+    assert [len(names) for names in ledger.groups] == [8, 8]
+    assert all(name.endswith(("seed=2", "seed=3")) for name in ledger.groups[1])
+    assert ledger.count("done") == 16
     assert {name: found for name, found in figures(copy_of_eight).items() if name in before} == before
 
 
@@ -574,7 +583,6 @@ def test_damaged_ledger(copy_of_eight, content):
         sweep.train_sweep(sweep_config(), copy_of_eight)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_finished_member_continues_alone(copy_of_eight):
     name = "learning_rate=0.03,seed=1"
     config = saved.get_config(str(copy_of_eight / name))
