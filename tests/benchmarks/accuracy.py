@@ -29,14 +29,15 @@ class Job(NamedTuple):
 
 MLP = Job("configs/vmap_bn.py", "mlp", 10, (0.97, 0.98))
 CONV = Job("configs/conv.py", "conv", 2, (0.99,))
-QUICK_EPOCHS = 0.25
+QUICK_EPOCHS = 0.05
 
 INTRO = """\
 Seconds from the command to the first evaluation at which the accuracy on MNIST's test images reaches so much:
-`{config}` with a schedule of {epochs}, evaluated four times an epoch; ours saves a checkpoint then, too. "Empty" and
-"filled" are the cache of compiled programs. PyTorch's script (`tests/benchmarks/peers/torch_accuracy.py`) trains the
-same network by the same recipe: optimizer, schedule, batches, augmentation and evaluations; weights start as its
-layers initialise them. Each round has a seed of its own. The last column is the accuracy at the end, the mean."""
+`{config}` with {epochs} in its schedule, evaluated four times an epoch; ours saves a checkpoint then, too.
+"Empty" and "filled" are the cache of compiled programs. PyTorch's script (`tests/benchmarks/peers/torch_accuracy.py`)
+trains the same network by the same recipe: optimizer, schedule, batches, augmentation and evaluations. Its weights
+start as its layers initialise them. Each round has a seed of its own. The last column is the accuracy at the end, the
+mean over the rounds."""
 
 
 def seconds_to(goal: float, finished: Finished) -> float | None:

@@ -19,7 +19,7 @@ EVAL_BATCH = 1000
 
 
 def accuracies(network: str, num_epochs: float, seed: int, train: Examples, test: Examples) -> Iterator[float]:
-    """Trains, and yields the test accuracy at each evaluation."""
+    """Trains, and yields the test accuracy at each evaluation; the last one is at the end."""
     torch.manual_seed(seed)
     size = train[0].shape[1:]
     if network == "conv":
@@ -59,7 +59,7 @@ def accuracies(network: str, num_epochs: float, seed: int, train: Examples, test
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if (step + 1) % (steps // EVALUATIONS) == 0:
+        if (step + 1) % (steps // EVALUATIONS) == 0 or step + 1 == total:
             yield accuracy()
 
 
