@@ -48,7 +48,7 @@ def test_peers_learn(network, name):
         return np.mean(predict(test.images.reshape(shape)) == test.labels)
 
     before = accuracy()
-    for _ in range(15 if network == "mlp" else 8):
+    for _ in range(15 if network == "mlp" else 20):
         epoch()
     assert before < 0.3
     assert accuracy() > 0.6
@@ -61,10 +61,10 @@ def test_recipe_of_torch_learns(network):
     peers, recipe = importlib.import_module("peers"), importlib.import_module("peers.torch_accuracy")
     (images, labels), (test_images, test_labels) = peers.mnist()
     train, test = (images[:EXAMPLES], labels[:EXAMPLES]), (test_images[:1000], test_labels[:1000])
-    found = list(recipe.accuracies(network, 8, 0, train, test))
-    assert len(found) == 4 * 8
+    found = list(recipe.accuracies(network, 15, 0, train, test))
+    assert len(found) == 4 * 15
     assert found[0] < 0.3
-    assert found[-1] > 0.8
+    assert found[-1] > 0.7
     assert list(recipe.accuracies(network, 0.1, 0, train, test))[-1] < 0.3  # two steps
 
 
