@@ -1,4 +1,4 @@
-"""From the command to the end: one and ten epochs, the first step, whole scripts of peers; and to an accuracy."""
+"""From the command to the end: one and ten epochs, the first step, the same again, whole scripts of peers."""
 
 import importlib.util
 import re
@@ -14,16 +14,11 @@ BARE = "bare start"
 
 INTRO = """\
 Wall time of whole commands, from start to exit: imports, reading the data, compiling, training, evaluating, and for
-ours checkpoints, TensorBoard files and the picture. "Empty" and "filled" are the cache of compiled programs. The
-peers' scripts train {epochs} epochs and evaluate once at the end (`python -m peers haiku {epochs}`, in
-`tests/benchmarks`); ours evaluates and saves after each. The bare start imports jax, flax, optax, orbax and clu, and
-compiles and runs one operation. The files of all of them were in the page cache. Memory is the maximum resident set
-size."""
-
-ACCURACY_INTRO = """\
-Seconds from the command, its cache filled, to the first evaluation at which the test accuracy reaches so much, for
-`configs/vmap_bn.py` with as many epochs in its schedule, evaluated and saved four times an epoch: the median over
-{seeds} seeds, with the lowest and the highest."""
+ours checkpoints, TensorBoard files and the picture. "Empty" and "filled" are the cache of compiled programs. "Finished
+again" is the command of a finished run, which says so. The peers' scripts train {epochs} epochs and evaluate once at
+the end (`python -m peers haiku {epochs}`, in `tests/benchmarks`); ours evaluates and saves after each. The bare start
+imports jax, flax, optax, orbax and clu, and compiles and runs one operation. The files of all of them were in the page
+cache. Memory is the maximum resident set size."""
 
 
 def accuracy(finished: Finished) -> float:
@@ -47,7 +42,8 @@ def run(repetitions: int, quick: bool) -> tuple[dict, str]:
     with tempfile.TemporaryDirectory() as directory:
         caches = Caches(Path(directory))
         # Not counted: they fill the cache, and bring what they read into the page cache.
-        train(caches.filled(), "--config.train.num_epochs=1")
+        finished = Path(directory, "finished")
+        train(caches.filled(), "--config.train.num_epochs=1", workdir=finished)
         for name in scripts:
             peer(name, 1, caches.filled())
         for repetition in range(repetitions):
@@ -59,6 +55,8 @@ def run(repetitions: int, quick: bool) -> tuple[dict, str]:
                         train(environment(), f"--config.train.num_epochs={epochs}"),
                     )
                 times.setdefault(f"ours, to the first step, {cache}", []).append(seconds_to_first_step(environment()))
+            again = train(caches.filled(), "--config.train.num_epochs=1", workdir=finished)
+            times.setdefault("ours, finished again", []).append(again.seconds)
             times.setdefault(BARE, []).append(bare(caches.filled()).seconds)
             for name in scripts:
                 note(f"{name}, {count(many, 'epoch')}", peer(name, many, caches.filled()))
@@ -76,33 +74,3 @@ def run(repetitions: int, quick: bool) -> tuple[dict, str]:
     header = ["command", "seconds", "quartiles", *to, "memory, MB", "test accuracy"]
     markdown = f"{INTRO.format(epochs=many)}\n\n{table(header, rows)}"
     return {"seconds": times, "megabytes": memory, "test_accuracy": accuracies}, markdown
-
-
-def run_accuracy(repetitions: int, quick: bool) -> tuple[dict, str]:
-    schedules, goals = ((1,) if quick else (5, 20)), (0.97, 0.98)
-    found: dict[str, list[float | None]] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        caches = Caches(Path(directory))
-        train(caches.filled(), "--config.train.num_epochs=1")  # fills the cache
-        for seed in range(repetitions):
-            for epochs in schedules:
-                flags = ("--config.train.eval_every=0.25", f"--config.train.num_epochs={epochs}")
-                lines = train(caches.filled(), *flags, f"--config.seed={seed}").lines
-                matches = [(at, re.search(r"test_accuracy (0\.\d+)", line)) for at, line in lines]
-                reached = [(at, float(match[1])) for at, match in matches if match]
-                for goal in goals:
-                    first = next((at for at, value in reached if value >= goal), None)
-                    found.setdefault(f"{count(epochs, 'epoch')}, {goal:.0%}", []).append(first)
-            say(f"  round {seed + 1} of {repetitions}")
-
-    def cell(seconds: list[float | None]) -> str:
-        if None in seconds:
-            return f"not in {seconds.count(None)} of {len(seconds)}"
-        return f"{median(seconds, 1)} ({min(seconds):.1f} to {max(seconds):.1f})"
-
-    rows = [
-        [count(epochs, "epoch"), *(cell(found[f"{count(epochs, 'epoch')}, {goal:.0%}"]) for goal in goals)]
-        for epochs in schedules
-    ]
-    markdown = table(["schedule", *(f"to {goal:.0%}" for goal in goals)], rows)
-    return {"seconds": found}, f"{ACCURACY_INTRO.format(seeds=repetitions)}\n\n{markdown}"

@@ -76,10 +76,13 @@ def run(command: Sequence[str], environment: dict[str, str], cwd: Path = ROOT) -
     return Finished(seconds, kilobytes / 1024, lines)
 
 
-def train(environment: dict[str, str], *flags: str, config: str = "configs/vmap_bn.py") -> Finished:
-    """`python train.py` from start to end in an empty workdir."""
+def train(
+    environment: dict[str, str], *flags: str, config: str = "configs/vmap_bn.py", workdir: Path | None = None
+) -> Finished:
+    """`python train.py` from start to end, in an empty workdir unless one is given."""
     with tempfile.TemporaryDirectory() as directory:
-        return run([*TRAIN, f"--config={config}", f"--workdir={directory}/run", *flags], environment)
+        workdir = workdir or Path(directory, "run")
+        return run([*TRAIN, f"--config={config}", f"--workdir={workdir}", *flags], environment)
 
 
 def bare(environment: dict[str, str]) -> Finished:
@@ -90,6 +93,12 @@ def bare(environment: dict[str, str]) -> Finished:
 def peer(name: str, num_epochs: int, environment: dict[str, str]) -> Finished:
     """A peer's whole script."""
     return run([sys.executable, "-m", "peers", name, str(num_epochs)], environment, Path(__file__).parent)
+
+
+def torch_accuracy(network: str, num_epochs: float, seed: int, environment: dict[str, str]) -> Finished:
+    """PyTorch's script by the recipe of our configs."""
+    command = [sys.executable, "-m", "peers.torch_accuracy", network, str(num_epochs), str(seed)]
+    return run(command, environment, Path(__file__).parent)
 
 
 def seconds_to_first_step(environment: dict[str, str]) -> float:

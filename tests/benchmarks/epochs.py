@@ -2,7 +2,7 @@
 
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -109,12 +109,14 @@ def make_floor_epoch(dataset: Dataset) -> Callable[[], None]:
     return make_floor(config, as_inputs(dataset), len(dataset.train) // config.train.batch_size)
 
 
-def make_peers(dataset: Dataset) -> dict[str, Callable[[], None]]:
-    """An epoch of each peer that is installed."""
-    images, found = dataset.train.images.reshape(len(dataset.train), -1), {}
-    for name in NAMES:
+def make_peers(dataset: Dataset, network: str = "mlp", names: Sequence[str] = NAMES) -> dict[str, Callable[[], None]]:
+    """An epoch of each of the peers that is installed."""
+    images, found = dataset.train.images, {}
+    if network == "mlp":
+        images = images.reshape(len(images), -1)
+    for name in names:
         try:
-            found[name], _ = importlib.import_module(f"peers.{name}_mlp").make(images, dataset.train.labels)
+            found[name], _ = importlib.import_module(f"peers.{name}_{network}").make(images, dataset.train.labels)
         except ModuleNotFoundError as error:
             say(f"  leaving {name} out: {error}; pip install -e '.[peers]'")
     return found

@@ -1,4 +1,4 @@
-"""How fast training is, beside its matrix products and beside other libraries, in one command of about 20 minutes.
+"""How fast training is, beside its matrix products and beside other libraries, in one command of about 25 minutes.
 
     pip install -e '.[peers]'
     python tests/benchmarks/performance.py > docs/performance.md
@@ -15,17 +15,23 @@ import time
 import traceback
 from pathlib import Path
 
+import accuracy
 import cold
+import convolutions
 import epochs
 import growth
+import program
 import sweep
 from measure import ROOT, machine, say
 
 # What each section is called, its heading, what runs it, and its repetitions.
 SECTIONS = {
-    "epochs": ("Epochs", epochs.run, 12),
+    "epochs": ("Epochs", epochs.run, 8),
+    "program": ("Epochs within a run", program.run, 5),
+    "convolutions": ("Steps with convolutions", convolutions.run, 5),
     "cold": ("From the command to the end", cold.run, 3),
-    "accuracy": ("To an accuracy", cold.run_accuracy, 3),
+    "accuracy": ("To 97 and 98 %", accuracy.run_mlp, 3),
+    "accuracy_conv": ("To 99 %, with convolutions", accuracy.run_conv, 1),
     "sweep": ("Members of a sweep", sweep.run, 3),
     "sweep_command": ("A whole sweep", sweep.run_command, 2),
     "growth": ("Growth", growth.run, 3),
@@ -39,7 +45,7 @@ pip install -e '.[peers]'
 python tests/benchmarks/performance.py > docs/performance.md
 ```
 
-That takes about 20 minutes and leaves every single measurement in `docs/performance.json`. In each section everything
+That takes about 25 minutes and leaves every single measurement in `docs/performance.json`. In each section everything
 takes turns, so that other load on the machine affects all of it alike. Figures are medians over the rounds, with their
 quartiles. A ratio is the median of the ratios of each round. [What makes it fast](speed.md) says what each change was
 worth.

@@ -11,17 +11,24 @@ from peers import BATCH, CLASSES, HIDDEN, LEARNING_RATE, Peer
 from torch import nn
 
 
-def make(images: np.ndarray, labels: np.ndarray) -> Peer:
-    torch.manual_seed(0)
-    widths = (images.shape[1], *HIDDEN)
+def make_model(num_features: int) -> nn.Module:
+    widths = (num_features, *HIDDEN)
     layers = []
     for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.Sigmoid()]
-    model = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], CLASSES))
+        layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs, momentum=0.01), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN[-1], CLASSES))
+
+
+def to_inputs(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images.reshape(len(images), -1).astype(np.float32) / 255)
+
+
+def make(images: np.ndarray, labels: np.ndarray) -> Peer:
+    torch.manual_seed(0)
+    model = make_model(images.shape[1])
     loss_fn = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    inputs = torch.from_numpy(images.astype(np.float32) / 255)
-    targets = torch.from_numpy(labels.astype(np.int64))
+    inputs, targets = to_inputs(images), torch.from_numpy(labels.astype(np.int64))
 
     def epoch() -> None:
         model.train()
@@ -36,6 +43,6 @@ def make(images: np.ndarray, labels: np.ndarray) -> Peer:
     def predict(images: np.ndarray) -> np.ndarray:
         model.eval()
         with torch.no_grad():
-            return model(torch.from_numpy(images.astype(np.float32) / 255)).argmax(-1).numpy()
+            return model(to_inputs(images)).argmax(-1).numpy()
 
     return epoch, predict
