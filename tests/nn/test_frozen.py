@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.oracle import error, train
+from tests.helpers.oracle import error, step
 from vmapbn_flax import BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm, VmapBatch
 
 LAYERS = [BatchNorm, BatchedBatchNorm, BatchRenorm, BatchedBatchRenorm]
@@ -33,7 +33,7 @@ def test_an_affine_map_of_each_example(Layer, momentum):
     params, stats = vs["params"], vs["batch_stats"]
 
     def loss(x, params):
-        y, new = train(layer, {"params": params, "batch_stats": stats}, x)
+        y, new = step(layer, {"params": params, "batch_stats": stats}, x)
         return jnp.sum(g * y), (y, new)
 
     (dx, dparams), (y, new) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, params)

@@ -94,7 +94,7 @@ def test_the_numbers_of_the_linen_layer(Layer, attributes, mask):
     @jax.jit
     def linen_step(variables, x):
         def loss(params, x):
-            y, stats = oracle.train(linen, {**variables, "params": params}, x, mask)
+            y, stats = oracle.step(linen, {**variables, "params": params}, x, mask)
             return jnp.sum(jnp.sin(y)), (y, stats)
 
         (dparams, dx), (y, stats) = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers.oracle import error, train
+from tests.helpers.oracle import error, step
 from vmapbn_flax import BatchedBatchNorm, BatchNorm
 
 SHAPE = (32, 12, 10, 4)  # (batch, height, width, features)
@@ -28,7 +28,7 @@ def variables(features):
 
 def gradients(layer, x, params, mask):
     def loss(x, params):
-        y, stats = train(layer, {**variables(x.shape[-1]), "params": params}, x, mask)
+        y, stats = step(layer, {**variables(x.shape[-1]), "params": params}, x, mask)
         return jnp.sum(jnp.sin(y)), stats
 
     return jax.grad(loss, (0, 1), has_aux=True)(x, params)
@@ -106,7 +106,7 @@ def test_derivatives_up_to_the_third(Layer, masked):
     weights = jnp.asarray(np.arange(24).reshape(4, 3, 2) % 3) if masked else None
 
     def loss(x):
-        y = train(Layer(), vs, x, weights)[0]
+        y = step(Layer(), vs, x, weights)[0]
         return jnp.sum(jnp.sin(y) if weights is None else jnp.where(weights[..., None] > 0, jnp.sin(y), 0))
 
     def plain_loss(x):
