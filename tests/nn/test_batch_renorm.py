@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import oracle, quick
-from tests.helpers.oracle import correction, error, measure, quick_measure, quick_train, step
+from tests.helpers.oracle import correction, error, measure, quick_measure, quick_train
 from vmapbn_flax import BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm, VmapBatch
 
 AT_ONCE = {"warmup_steps": 0, "r_max_steps": 0, "d_max_steps": 0}
@@ -209,7 +209,7 @@ def test_batch_norm_bit_for_bit_while_the_limits_are_1_and_0(Renorm, Norm, maske
 
     def train(layer, params, stats, x):
         def loss(params, x):
-            y, new = step(layer, {"params": params, "batch_stats": stats}, x, mask)
+            y, new = oracle.step(layer, {"params": params, "batch_stats": stats}, x, mask)
             return jnp.sum(cotangent * y), (y, new)
 
         params = {name: params[name] for name in ("scale", "bias") if getattr(layer, f"use_{name}")}
