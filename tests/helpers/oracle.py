@@ -105,7 +105,10 @@ def twins(layer: BatchNorm) -> tuple[BatchNorm, ...]:
 
 
 def compiled(function, jit):
-    """`function` of a layer, in one program with that of its twin: what they have in common is compiled once."""
+    """`function` of a layer, in one program with that of its twin: what they have in common is compiled once.
+
+    The results are numpy's, so that nothing is compiled for what a test does with them.
+    """
 
     def of_each(layers, *args, **kwargs):
         return [function(layer, *args, **kwargs) for layer in layers]
@@ -115,7 +118,7 @@ def compiled(function, jit):
     @functools.wraps(function)
     def of_one(layer, *args, **kwargs):
         layers = twins(layer)
-        return program(layers, *args, **kwargs)[layers.index(layer)]
+        return jax.device_get(program(layers, *args, **kwargs)[layers.index(layer)])
 
     return of_one
 
