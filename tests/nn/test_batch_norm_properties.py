@@ -4,13 +4,17 @@ Shapes, dtypes and nestings come from short lists, since each combination is a c
 is drawn freely.
 """
 
+import math
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import oracle
-from tests.helpers.oracle import measure, train
+from tests.helpers.oracle import measure
 from vmapbn_flax import BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm
 
 SHAPES = [(12, 2), (9, 4, 1), (5, 3, 2, 3)]  # (batch, *spatial, features)
@@ -160,34 +164,45 @@ def test_narrow_dtypes(draw, dtype, shape):
     assert oracle.error(got.var, want.var) < 1e-6 * (1e-6 + np.max(want.var))
 
 
+NESTINGS = {  # leading axes: how many of them are replicas, and their names beside those of the batch
+    (3, 4): [(0, (), ("a", "b")), (1, "a", "b"), (1, "b", "a")],
+    (2, 3, 4): [(2, ("a", "b"), "c")],
+}
+
+
+@partial(jax.jit, static_argnums=0)
+def train_each(layers, variables, x, mask):
+    return [oracle.step(layer, variables, x, mask) for layer in layers]
+
+
 @settings(max_examples=60)
-@given(st.data(), st.sampled_from([((), ("a", "b")), ("a", "b"), ("b", "a"), (("a", "b"), "c")]), st.booleans())
-def test_nestings(draw, axes, masked):
+@given(st.data(), st.sampled_from(list(NESTINGS)), st.booleans())
+def test_nestings(draw, leading, masked):
     """Leading axes split between `axis_name` and `replica_axis_name`: every replica is a batch of its own."""
-    replicas, names = axes
-    layer = BatchNorm(axis_name=names, replica_axis_name=replicas, momentum=0.0)
-    groups, batch = {((), ("a", "b")): (1, (3, 4)), (("a", "b"), "c"): (6, (4,))}.get(axes, (3, (4,)))
-    leading = ({1: (), 3: (3,), 6: (2, 3)}[groups]) + batch
     x, params, _ = draw.draw(data((*leading, 2)))
     mask = draw.draw(masks(leading)) if masked else None
     variables = {"params": params, "batch_stats": {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}}
-    y, stats = train(layer, variables, x, None if mask is None else jnp.asarray(mask))
-
-    flat = x.reshape(groups, -1, 2)
-    weights = np.ones(flat.shape[:2]) if mask is None else mask.reshape(groups, -1)
-    y = np.asarray(y).reshape(flat.shape)
-    wanted = [
-        (y[i], weights[i], oracle.batch_norm(flat[i], **params, weights=weights[i]))
-        for i in range(groups)
-        if weights[i].any()
-    ]
-    for got, w, want in wanted:
-        assert oracle.error(got, want.y, where=w[:, None] > 0) < 1e-6 * (1 + np.max(np.abs(want.y)))
-    largest = np.max(np.abs(x))
-    spread = max(np.max(want.var) for _, _, want in wanted)
-    for name, unit in (("mean", largest + 1e-3), ("var", spread + resolution(largest) ** 2)):
-        average = np.mean([getattr(want, name) for _, _, want in wanted], 0)
-        assert oracle.error(stats[name], average) < 1e-6 * unit, name
+    layers = tuple(
+        BatchNorm(axis_name=names, replica_axis_name=replicas, momentum=0.0) for _, replicas, names in NESTINGS[leading]
+    )
+    found = train_each(layers, variables, x, None if mask is None else jnp.asarray(mask))
+    for (count, _, _), (y, stats) in zip(NESTINGS[leading], found, strict=True):
+        groups = math.prod(leading[:count])
+        flat = x.reshape(groups, -1, 2)
+        weights = np.ones(flat.shape[:2]) if mask is None else mask.reshape(groups, -1)
+        y = np.asarray(y).reshape(flat.shape)
+        wanted = [
+            (y[i], weights[i], oracle.batch_norm(flat[i], **params, weights=weights[i]))
+            for i in range(groups)
+            if weights[i].any()
+        ]
+        for got, w, want in wanted:
+            assert oracle.error(got, want.y, where=w[:, None] > 0) < 1e-6 * (1 + np.max(np.abs(want.y)))
+        largest = np.max(np.abs(x))
+        spread = max(np.max(want.var) for _, _, want in wanted)
+        for name, unit in (("mean", largest + 1e-3), ("var", spread + resolution(largest) ** 2)):
+            average = np.mean([getattr(want, name) for _, _, want in wanted], 0)
+            assert oracle.error(stats[name], average) < 1e-6 * unit, name
 
 
 @settings(max_examples=60)

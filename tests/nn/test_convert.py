@@ -1,5 +1,6 @@
 """Conversions: the numbers survive bit for bit, and the converted network computes the same."""
 
+import functools
 import subprocess
 import sys
 from functools import partial
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import quick
 from vmapbn_flax import MLP, BatchNorm, VmapBatch
 from vmapbn_flax.nn.convert import from_equinox, from_torch, to_equinox, to_torch
 
@@ -37,9 +39,9 @@ def random_variables(norm):
     return tree.unflatten(jnp.asarray(draw, leaf.dtype) for draw, leaf in zip(draws, leaves, strict=True))
 
 
+@partial(quick.jit, static_argnums=(0, 3))
 def apply(norm, variables, x, train):
-    model = VmapBatch(mlp(norm))
-    return jax.jit(partial(model.apply, train=train, mutable=["batch_stats"]))(variables, x)
+    return VmapBatch(mlp(norm)).apply(variables, x, train=train, mutable=["batch_stats"])
 
 
 def assert_bitwise(a, b):
@@ -234,11 +236,16 @@ def sequential(key):
     return eqx.nn.Sequential([*hidden, network.dense[-1]])
 
 
+@functools.cache
+def compiled(make):
+    return eqx.filter_jit(eqx.nn.make_with_state(make), compiler_options=quick.OPTIONS)
+
+
 def equinox_network(make=EquinoxNetwork, **attributes):
-    return eqx.nn.make_with_state(make)(jax.random.key(0), **attributes)
+    return compiled(make)(jax.random.key(0), **attributes)
 
 
-@eqx.filter_jit
+@partial(eqx.filter_jit, compiler_options=quick.OPTIONS)
 def equinox_apply(model, state, x):
     return jax.vmap(model, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(x, state)
 
@@ -250,9 +257,9 @@ def test_equinox_batch_mode_holds_our_numbers_and_computes_the_same(make):
     assert_bitwise(from_equinox(model, state), variables)
 
     y, _ = equinox_apply(eqx.nn.inference_mode(model), state, X)
-    close(y, apply(NORM, variables, X, train=False)[0])
+    close(y, apply(NORM, variables, X, False)[0])
     y, state = equinox_apply(model, state, X)
-    expected, updates = apply(NORM, variables, X, train=True)
+    expected, updates = apply(NORM, variables, X, True)
     close(y, expected)
     # Straight after, with no warm-up of either average:
     jax.tree.map(close, from_equinox(model, state)["batch_stats"], updates["batch_stats"])
@@ -263,7 +270,7 @@ def test_equinox_ema_mode_evaluates_the_same():
     model, state = to_equinox(variables, *equinox_network(mode="ema"))
     assert_bitwise(from_equinox(model, state), variables)
     y, _ = equinox_apply(eqx.nn.inference_mode(model), state, X)
-    close(y, apply(NORM, variables, X, train=False)[0])
+    close(y, apply(NORM, variables, X, False)[0])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -275,7 +282,7 @@ def test_equinox_trained_network_evaluates_the_same_here(mode, bias):
         _, state = equinox_apply(model, state, x)
     variables = from_equinox(model, state)
     y, _ = equinox_apply(eqx.nn.inference_mode(model), state, X)
-    close(y, apply(NORM, variables, X, train=False)[0])
+    close(y, apply(NORM, variables, X, False)[0])
     assert_bitwise(from_equinox(*to_equinox(variables, model, state)), variables)
 
 

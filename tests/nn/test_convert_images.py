@@ -4,9 +4,11 @@ from functools import partial
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import quick
 from tests.helpers.small import assert_same_bits
 from tests.nn.test_convert import WIDTHS, X, equinox_apply, equinox_network, mlp, torch_network
 from tests.nn.test_folding import evaluate, init
@@ -18,6 +20,7 @@ IMAGES = np.random.default_rng(2).normal(size=(8, 9, 10, 2)).astype(np.float32) 
 CHANNELS_FIRST = IMAGES.transpose(0, 3, 1, 2)
 LAST = FEATURES[-1] * (9 // 4) * (10 // 4)  # inputs of the dense layer
 NORM = partial(BatchNorm, momentum=MOMENTUM)
+TORCH_NORM = partial(NORM, unbiased_running_var=True)
 close = partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
 
 
@@ -25,9 +28,9 @@ def conv_net(norm=NORM):
     return ConvNet(num_classes=CLASSES, features=FEATURES, norm=norm)
 
 
+@partial(quick.jit, static_argnums=(0, 2))
 def apply(norm, variables, train=False):
-    model = VmapBatch(conv_net(norm))
-    return jax.jit(partial(model.apply, train=train, mutable=["batch_stats"]))(variables, IMAGES)
+    return VmapBatch(conv_net(norm)).apply(variables, jnp.asarray(IMAGES), train=train, mutable=["batch_stats"])
 
 
 @pytest.fixture
@@ -47,14 +50,13 @@ def torch_conv_net(torch, norm=True, bias=False):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_torch_holds_our_numbers_and_computes_the_same(torch, bias):
-    norm = partial(NORM, unbiased_running_var=True)
     network = torch_conv_net(torch, bias=bias)
-    variables = init(conv_net(norm), IMAGES[0])
+    variables = init(conv_net(TORCH_NORM), IMAGES[0])
     network.load_state_dict(to_torch(variables, network.state_dict()))
     assert_same_bits(from_torch(network.state_dict()), variables)
     for train in (False, True):
         network.train(train)
-        logits, updates = apply(norm, variables, train)
+        logits, updates = apply(TORCH_NORM, variables, train)
         close(logits, network(torch.from_numpy(CHANNELS_FIRST)).detach().numpy())
     jax.tree.map(close, from_torch(network.state_dict())["batch_stats"], updates["batch_stats"])
 
@@ -118,7 +120,7 @@ def test_equinox_holds_our_numbers_and_computes_the_same():
     logits, _ = equinox_apply(eqx.nn.inference_mode(model), state, CHANNELS_FIRST)
     close(logits, apply(NORM, variables)[0])
     logits, state = equinox_apply(model, state, CHANNELS_FIRST)
-    expected, updates = apply(NORM, variables, train=True)
+    expected, updates = apply(NORM, variables, True)
     close(logits, expected)
     jax.tree.map(close, from_equinox(model, state)["batch_stats"], updates["batch_stats"])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.own_network import Net
-from tests.helpers import small
+from tests.helpers import quick, small
 from vmapbn_flax import (
     MLP,
     BatchedBatchNorm,
@@ -23,6 +23,13 @@ from vmapbn_flax import (
     VmapBatch,
     fold,
 )
+
+
+@pytest.fixture(autouse=True)
+def compiled_quickly(monkeypatch):
+    """`fold` evaluates either network."""
+    monkeypatch.setattr(jax, "jit", quick.jit)
+
 
 CONV = {"num_classes": 10, "features": (4, 6)}
 SMALL = {"num_classes": 10, "blocks": (1, 1), "width": 4}
@@ -60,7 +67,7 @@ def init(network, x):
 
 def evaluate(network, variables, images):
     network = network if type(network).__name__.startswith("Batched") else VmapBatch(network)
-    return np.asarray(jax.jit(partial(network.apply, train=False))(variables, images))
+    return np.asarray(quick.jit(partial(network.apply, train=False))(variables, images))
 
 
 def assert_equal_in_evaluation(network, images):

@@ -1,12 +1,15 @@
 """`frozen`: layers that train by their running statistics, and leave them."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.oracle import error, train
+from tests.helpers import quick
+from tests.helpers.oracle import error, step
 from vmapbn_flax import BatchedBatchNorm, BatchedBatchRenorm, BatchNorm, BatchRenorm, VmapBatch
 
 LAYERS = [BatchNorm, BatchedBatchNorm, BatchRenorm, BatchedBatchRenorm]
@@ -18,7 +21,7 @@ def normal(*shape, seed=0):
 
 
 def variables(layer, features=3):
-    vs = layer.init(jax.random.key(0), jnp.ones((2, features)), train=False)
+    vs = quick.jit(partial(layer.init, train=False))(jax.random.key(0), jnp.ones((2, features)))
     vs["params"] = {"scale": 1 + normal(features, seed=1), "bias": normal(features, seed=2)}
     vs["batch_stats"] |= {"mean": normal(features, seed=3), "var": 0.5 + normal(features, seed=4) ** 2}
     return vs
@@ -33,10 +36,10 @@ def test_an_affine_map_of_each_example(Layer, momentum):
     params, stats = vs["params"], vs["batch_stats"]
 
     def loss(x, params):
-        y, new = train(layer, {"params": params, "batch_stats": stats}, x)
+        y, new = step(layer, {"params": params, "batch_stats": stats}, x)
         return jnp.sum(g * y), (y, new)
 
-    (dx, dparams), (y, new) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, params)
+    (dx, dparams), (y, new) = quick.jit(jax.grad(loss, (0, 1), has_aux=True))(x, params)
     inverse = 1 / np.sqrt(np.float64(stats["var"]) + 1e-5)
     normalised = (np.float64(x) - stats["mean"]) * inverse
     assert error(y, normalised * params["scale"] + params["bias"], relative=True) < 1e-6
@@ -84,8 +87,8 @@ def test_one_layer_of_two():
             return BatchNorm(name="moving")(nn.relu(x), train=train, mask=mask)
 
     model, x = VmapBatch(Net()), normal(8, 3)
-    vs = model.init(jax.random.key(0), x, train=True)
-    _, updates = model.apply(vs, x, train=True, mutable=["batch_stats"])
+    vs = quick.jit(partial(model.init, train=True))(jax.random.key(0), x)
+    _, updates = quick.jit(partial(model.apply, train=True, mutable=["batch_stats"]))(vs, x)
     before, after = vs["batch_stats"], updates["batch_stats"]
     jax.tree.map(np.testing.assert_array_equal, after["frozen"], before["frozen"])
     assert not np.any(after["moving"]["mean"] == before["moving"]["mean"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import quick
 from vmapbn_flax import MLP, BatchNorm, VmapBatch
 
 WIDTH, DEPTH = 4, 3
@@ -94,7 +95,7 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(quick.jit, static_argnums=(0, 1))
 def step(network, train, variables, x, mask):
     """Outputs, statistics and gradients; `train=None` leaves it out."""
     train = {} if train is None else {"train": train}
@@ -110,7 +111,8 @@ def variables_of(network):
     """Of the plain network, with statistics and parameters of no special value."""
     shapes = jax.eval_shape(partial(network.init, train=False), jax.random.key(0), jnp.ones((8, WIDTH)))
     leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, [1.5 + 0.1 * normal(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)])
+    draws = [np.random.default_rng(i).normal(1.5, 0.1, leaf.shape) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(tree, [jnp.asarray(np.float32(draw)) for draw in draws])
 
 
 def assert_equal(got, want):
@@ -131,8 +133,7 @@ def test_blocks(Network, train):
 
 def test_remat_runs_the_forward_pass_again():
     def count(network):
-        variables = variables_of(PLAIN)
-        return str(jax.make_jaxpr(lambda v: step(network, True, v, X, None))(variables)).count("tanh ")
+        return str(step.trace(network, True, variables_of(PLAIN), X, None).jaxpr).count("tanh ")
 
     assert count(VmapBatch(RematAttribute())) == 2 * count(PLAIN) == 2 * DEPTH
 
@@ -203,7 +204,7 @@ def test_sequential(train):
 def test_an_axis_left_out_is_refused_here_too():
     network = VmapBatch(sequential(True), axis_name=("group", "batch"))
     with pytest.raises(ValueError, match="layers_1: got axis_name='batch' under VmapBatch"):
-        network.init(jax.random.key(0), jnp.ones((2, 4, WIDTH)))
+        jax.eval_shape(network.init, jax.random.key(0), jnp.ones((2, 4, WIDTH)))
 
 
 def test_a_traced_train_says_what_to_write(unchecked):

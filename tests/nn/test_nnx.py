@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vmapbn_flax
-from tests.helpers import oracle
+from tests.helpers import oracle, quick
 from tests.nn.test_batch_norm_properties import SHAPES, check, data, masks
 from vmapbn_flax import MLP, VmapBatch
 from vmapbn_flax.nn.nnx import (
@@ -82,31 +82,33 @@ def test_the_numbers_of_the_linen_layer(Layer, attributes, mask):
     if not attributes.get("use_scale", True):
         variables["params"] = {}
 
-    @nnx.jit
     def nnx_step(layer, x):
         def loss(layer, x):
             y = forward(layer, x, mask)
             return jnp.sum(jnp.sin(y)), y
 
         (dlayer, dx), y = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
-        return y, dx, dlayer
+        return y, dx, nnx.to_pure_dict(dlayer), from_nnx(layer)["batch_stats"]
 
-    @jax.jit
     def linen_step(variables, x):
         def loss(params, x):
-            y, stats = oracle.train(linen, {**variables, "params": params}, x, mask)
+            y, stats = oracle.step(linen, {**variables, "params": params}, x, mask)
             return jnp.sum(jnp.sin(y)), (y, stats)
 
         (dparams, dx), (y, stats) = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
         return y, dx, dparams, stats
 
-    y, dx, dlayer = nnx_step(layer, x)
-    want = linen_step(variables, x)
-    got = (y, dx, nnx.to_pure_dict(dlayer), from_nnx(layer)["batch_stats"])
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
-    x = x if issubclass(Layer, BatchedBatchNorm) else x[0]
-    evaluated = linen.apply({**variables, "batch_stats": want[3]}, x, train=False)
-    np.testing.assert_allclose(layer(x, use_running_average=True), evaluated, rtol=1e-6, atol=1e-6)
+    graph, state = nnx.split(layer)
+
+    @quick.jit
+    def both(state, variables, x):
+        """What training leaves, and the evaluation after it."""
+        layer, example = nnx.merge(graph, state), x if issubclass(Layer, BatchedBatchNorm) else x[0]
+        got, want = nnx_step(layer, x), linen_step(variables, x)
+        evaluated = linen.apply({**variables, "batch_stats": want[3]}, example, train=False)
+        return (*got, layer(example, use_running_average=True)), (*want, evaluated)
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *both(state, variables, x))
 
 
 @settings(max_examples=40)
@@ -121,7 +123,7 @@ def test_float64_oracle(draw, Layer, masked):
     check(got, oracle.batch_norm(x, cotangent, **params, weights=mask), x, params, cotangent, present, 2e-6)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick.jit, static_argnums=0)
 def measure(Layer, params, x, cotangent, mask):
     def loss(x, params):
         layer = Layer(x.shape[-1], momentum=0.0, rngs=nnx.Rngs(0))
@@ -145,7 +147,7 @@ def test_masked_examples_and_ghost_batches_which_flax_does_not_have():
     assert oracle.error(ours.mean[...], np.mean([w.mean for w in want], 0)) < 1e-6
 
     theirs = nnx.BatchNorm(3, axis_name="batch", rngs=nnx.Rngs(0), momentum=0.0)
-    lift(lambda layer, x, mask: layer(x, mask=mask), "batch")(theirs, poisoned[0], mask[0])
+    nnx.jit(lift(lambda layer, x, mask: layer(x, mask=mask), "batch"))(theirs, poisoned[0], mask[0])
     assert jnp.all(jnp.isnan(theirs.mean[...]))
     with pytest.raises(ValueError, match="out_axes is None"):
         lift(lambda layer, x, mask: layer(x), "batch", "group")(theirs, x, mask)
@@ -224,14 +226,15 @@ def test_metadata_of_the_parameters():
 
 
 class Network(nnx.Module):
-    """`MLP(hidden=(6, 5), num_classes=3)` in NNX, with any norm."""
+    """`MLP(hidden=(6, 5), num_classes=3)` in NNX, with any norm, and kernels to be filled."""
 
     def __init__(self, norm, rngs):
-        self.dense_0 = nnx.Linear(4, 6, use_bias=False, rngs=rngs)
+        linear = partial(nnx.Linear, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.dense_0 = linear(4, 6, use_bias=False)
         self.norm_0 = norm(6, rngs=rngs)
-        self.dense_1 = nnx.Linear(6, 5, use_bias=False, rngs=rngs)
+        self.dense_1 = linear(6, 5, use_bias=False)
         self.norm_1 = norm(5, rngs=rngs)
-        self.logits = nnx.Linear(5, 3, rngs=rngs)
+        self.logits = linear(5, 3)
 
     def __call__(self, x):
         x = nnx.sigmoid(self.norm_0(self.dense_0(x)))
@@ -268,13 +271,13 @@ def test_weights_between_all_spellings(norm):
         call = nnx.vmap(call, in_axes=(None, 0), axis_name="batch")
     y = nnx.jit(call)(model, x)
     linen = Linen() if norm is nnx.BatchNorm else network
-    want, updates = jax.jit(partial(linen.apply, train=True, mutable=["batch_stats"]))(variables, x)
+    want, updates = quick.jit(partial(linen.apply, train=True, mutable=["batch_stats"]))(variables, x)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     after = from_nnx(model)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6), after["batch_stats"], updates["batch_stats"])
     model.eval()
     for linen in (network, Linen()):
-        want = jax.jit(partial(linen.apply, train=False))(after, x)
+        want = quick.jit(partial(linen.apply, train=False))(after, x)
         np.testing.assert_allclose(nnx.jit(call)(model, x), want, rtol=1e-5, atol=1e-5)
     other = Network(nnx.BatchNorm, nnx.Rngs(1))  # NNX to NNX needs no conversion
     nnx.update(other, nnx.state(model))
@@ -342,13 +345,16 @@ def test_the_nnx_layer_in_linen():
     """`ToLinen`: the variables and numbers of the Linen layer."""
     x = 3 + normal(8, 3)
     layer, ours = nnx.bridge.ToLinen(BatchedBatchNorm, args=(3,)), vmapbn_flax.BatchedBatchNorm()
-    variables = layer.init(jax.random.key(0), x)
-    jax.tree.map(np.testing.assert_array_equal, variables, ours.init(jax.random.key(0), x, train=False))
-    got = layer.apply(variables, x, mutable=["batch_stats"])
-    want = ours.apply(variables, x, train=True, mutable=["batch_stats"])
+    variables = quick.jit(layer.init)(jax.random.key(0), x)
+    jax.tree.map(
+        np.testing.assert_array_equal, variables, quick.jit(partial(ours.init, train=False))(jax.random.key(0), x)
+    )
+    train = quick.jit(partial(ours.apply, train=True, mutable=["batch_stats"]))
+    got = quick.jit(partial(layer.apply, mutable=["batch_stats"]))(variables, x)
+    want = train(variables, x)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
     lifted, mask = VmapBatch(nnx.bridge.ToLinen(BatchNorm, args=(3,))), jnp.arange(8) < 5
-    got = lifted.apply(variables, x, mask=mask, mutable=["batch_stats"])
-    want = ours.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+    got = quick.jit(partial(lifted.apply, mutable=["batch_stats"]))(variables, x, mask=mask)
+    want = train(variables, x, mask=mask)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, want)

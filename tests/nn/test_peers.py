@@ -6,6 +6,7 @@ another convention, the test that is named after it states the formula that join
 
 import inspect
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import quick
 from vmapbn_flax import BatchNorm, VmapBatch
 
 STEPS, FEATURES, MOMENTUM = 5, 3, 0.9
@@ -65,7 +67,7 @@ def run(forward, state, statistics, data) -> Run:
         scale_grad, bias_grad, x_grad = pullback(cotangent)
         return state, (y, x_grad, scale_grad, bias_grad, *statistics(state))
 
-    _, history = jax.jit(lambda state, data: jax.lax.scan(step, state, data))(state, data)
+    _, history = quick.jit(lambda state, data: jax.lax.scan(step, state, data))(state, data)
     return Run(*map(np.asarray, history))
 
 
@@ -100,7 +102,7 @@ def equinox_run(data, mode) -> Run:
 
 def haiku_run(data) -> Run:
     layer = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, decay_rate=MOMENTUM)(x, is_training=True))
-    _, state = jax.jit(layer.init)(None, data[0][0])
+    _, state = quick.jit(layer.init)(None, data[0][0])
 
     def forward(scale, bias, state, x):
         ones = (1,) * (x.ndim - 1)
@@ -173,10 +175,11 @@ def test_equinox_batch_mode_debiases_at_inference_a_variance_that_started_at_one
     """
     x = np.float32([[-2.0], [2.0]])  # mean 0, variance 4
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(1, "batch", momentum=MOMENTUM, mode="batch")
-    batched = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
+    batched = quick.jit(jax.vmap(layer, in_axes=(0, None), out_axes=(0, None), axis_name="batch"))
+    evaluate = quick.jit(partial(layer, inference=True))
     for n in (1, 2):
         _, state = batched(x, state)
-        y, _ = layer(x[1], state, inference=True)
+        y, _ = evaluate(x[1], state)
         np.testing.assert_allclose(y, 2 / np.sqrt(4 + MOMENTUM**n / (1 - MOMENTUM**n)), rtol=1e-5)
 
 

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers.oracle import error, train
+from tests.helpers import quick
+from tests.helpers.oracle import error, step
 from vmapbn_flax import BatchedBatchNorm, BatchNorm
 
 SHAPE = (32, 12, 10, 4)  # (batch, height, width, features)
@@ -28,7 +29,7 @@ def variables(features):
 
 def gradients(layer, x, params, mask):
     def loss(x, params):
-        y, stats = train(layer, {**variables(x.shape[-1]), "params": params}, x, mask)
+        y, stats = step(layer, {**variables(x.shape[-1]), "params": params}, x, mask)
         return jnp.sum(jnp.sin(y)), stats
 
     return jax.grad(loss, (0, 1), has_aux=True)(x, params)
@@ -97,6 +98,11 @@ def derivative(function, order, v):
     return function
 
 
+def derivatives(function, x, v):
+    """Those of order 0 to 3 at `x`, and the gradient of each, in one program."""
+    return quick.jit(lambda x: [jax.value_and_grad(derivative(function, n, v))(x) for n in range(4)])(x)
+
+
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("Layer", [BatchNorm, pytest.param(BatchedBatchNorm, marks=pytest.mark.slow)])
 def test_derivatives_up_to_the_third(Layer, masked):
@@ -106,7 +112,7 @@ def test_derivatives_up_to_the_third(Layer, masked):
     weights = jnp.asarray(np.arange(24).reshape(4, 3, 2) % 3) if masked else None
 
     def loss(x):
-        y = train(Layer(), vs, x, weights)[0]
+        y = step(Layer(), vs, x, weights)[0]
         return jnp.sum(jnp.sin(y) if weights is None else jnp.where(weights[..., None] > 0, jnp.sin(y), 0))
 
     def plain_loss(x):
@@ -115,8 +121,7 @@ def test_derivatives_up_to_the_third(Layer, masked):
 
     with jax.enable_x64(True):
         wide = jnp.asarray(x, jnp.float64)
-        want = [jax.jit(jax.value_and_grad(derivative(plain_loss, n, v.astype(jnp.float64))))(wide) for n in range(4)]
-    for n in range(4):
-        value, gradient = jax.jit(jax.value_and_grad(derivative(loss, n, v)))(x)
-        assert error(value, want[n][0], relative=True) < 5e-6
-        assert error(gradient, want[n][1], relative=True) < 5e-6
+        want = derivatives(plain_loss, wide, v.astype(jnp.float64))
+    for got, exact in zip(derivatives(loss, x, v), want, strict=True):
+        for a, b in zip(got, exact, strict=True):
+            assert error(a, b, relative=True) < 5e-6
