@@ -1,5 +1,6 @@
 """The commands in README.md and docs/: they run, or are listed here; the files and fields that they name exist."""
 
+import dataclasses
 import re
 import shlex
 import socket
@@ -10,10 +11,12 @@ import tomllib
 import PIL.Image
 import pytest
 
+from tests.helpers import small
 from tests.helpers.runs import command
 from tests.test_docs import PAGES, ROOT
 from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.config import is_sweep, validate
+from vmapbn_flax.data import bundled
 from vmapbn_flax.fields import FIELDS, NETWORK_FIELDS
 from vmapbn_flax.sweeps.expand import expand
 
@@ -101,7 +104,9 @@ def test_commands_are_run_or_listed():
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """What the commands read of a clone, without runs."""
+    """What the commands read of a clone, without runs; a tenth of the images to test with, and all decoded once."""
+    mnist = dataclasses.replace(small.mnist(), test=small.mnist().test[:1000])
+    monkeypatch.setattr(bundled, "read_mnist", lambda directory: mnist)
     for name in ("configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs").mkdir()

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from configs import sweep_lr, vmap_bn
+from tests.helpers import quick, small
 from vmapbn_flax.cli.main import main
+from vmapbn_flax.data import bundled
 from vmapbn_flax.runs.train import train
 from vmapbn_flax.sweeps.train import train_sweep
 
@@ -72,9 +74,12 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     path = ROOT / page
     text, namespace = path.read_text(), {"__name__": "__main__"}
+    mnist = small.mnist()
+    monkeypatch.setattr(bundled, "read_mnist", lambda directory: mnist)  # decoded once
     if page == "docs/using.md":  # which starts from a finished run, and from a sweep
-        train_run(Path("runs/vmap_bn"), text)
-        train_sweep(small_sweep(), Path("runs/sweep_lr"))
+        with quick.programs():
+            train_run(Path("runs/vmap_bn"), text)
+            train_sweep(small_sweep(), Path("runs/sweep_lr"))
     for block in BLOCK.finditer(text):
         code, line = block[1], text.count("\n", 0, block.start(1))
         if code.startswith(">>>"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import small
+from tests.helpers import quick, small
 from tests.helpers.runs import CONFIG, command
 from vmapbn_flax import default_config
 from vmapbn_flax.cli.flags import parse_config
@@ -26,10 +26,10 @@ SAVED = "--config=configs/saved.py:"
 
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
-    """The set called small, for commands in this process; from the directory of a clone."""
+    """The set called small, for commands in this process, compiled quickly; from the directory of a clone."""
     before = Path.cwd()
     os.chdir(ROOT)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, quick.programs():
         patch.setattr(run, "load_dataset", small.load)
         for module in ("evaluate", "refresh", "parity", "selftest"):
             patch.setattr(f"vmapbn_flax.cli.{module}.load_dataset", small.load)

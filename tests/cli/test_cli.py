@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import small
+from tests.helpers import quick, small
 from tests.helpers.runs import CONFIG, command
 from vmapbn_flax.cli.flags import parse_config
 from vmapbn_flax.cli.main import main
@@ -31,7 +31,8 @@ def at_root(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
-    with pytest.MonkeyPatch.context() as patch:
+    """What runs in this process trains on few images, and is compiled quickly."""
+    with pytest.MonkeyPatch.context() as patch, quick.programs():
         patch.setattr(run, "load_dataset", small.load)
         yield
 
@@ -445,7 +446,6 @@ def test_data_files(capsys, tmp_path, workdir, damage, message):
 # Training itself.
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_divergence(capsys, workdir):
     flags = [
         "--config.optimizer.name=sgd",

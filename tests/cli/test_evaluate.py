@@ -6,7 +6,7 @@ import json
 import matplotlib.image
 import pytest
 
-from tests.helpers import small
+from tests.helpers import quick, small
 from tests.helpers.runs import CONFIG, command
 from vmapbn_flax.cli import evaluate
 from vmapbn_flax.cli.flags import parse_config
@@ -19,7 +19,7 @@ VALIDATION = "--config.data.validation_size=20"
 
 @pytest.fixture(scope="module", autouse=True)
 def small_data():
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, quick.programs():
         patch.setattr(run, "load_dataset", small.load)
         patch.setattr(evaluate, "load_dataset", small.load)
         yield

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers.program import CONFIG, EXTENDED_SWEEP, HALVING_SWEEP, SWEEP, Program
+from tests.helpers.runs import outcome
 from vmapbn_flax.runs.checkpoints import saved_steps
 
 
@@ -30,6 +31,7 @@ class Undisturbed:
     Attributes:
       before: the workdir that the command finds; None for none.
       workdir: what becomes of it.
+      outcome: of `workdir`.
       changes: how many changes to files the command makes.
       seconds: how long the command takes when it finds its programs compiled.
     """
@@ -38,6 +40,7 @@ class Undisturbed:
         self._program, self._command, self._place, self.before = program, command, place, before
         self.workdir = place / "run"
         self._finish(self.workdir, inside=str(self.workdir), count=str(place / "count"))
+        self.outcome = outcome(self.workdir)
         self.changes = int((place / "count").read_text())
 
     @functools.cached_property

@@ -42,7 +42,7 @@ def test_the_newest_checkpoint(run, undisturbed, stopped, damage):
     assert first.endswith(f"It is kept as {stopped}/damaged/24.")
     assert "resuming at step 21 of 30" in second
     assert not any("Traceback" in line for line in run.lines())
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome
     assert [path.name for path in (stopped / "damaged").iterdir()] == ["24"]
     assert leftovers(run.workdir) == []
 
@@ -56,7 +56,7 @@ def test_strays(run, undisturbed, stopped):
     warned = [line.split()[1] for line in run.lines() if line.startswith("warning:")]
     assert warned == [f"{stopped}/{step}:" for step in (99, 26, 25)]
     assert "resuming at step 24 of 30" in run.lines()[3]
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome
     assert (stopped / "readme.txt").read_text() == "mine"
 
 

@@ -18,7 +18,7 @@ def test_files_that_may_not_grow(run, undisturbed, limit):
     assert errors[0].startswith("error: ")
     assert "File too large" in errors[0]
     assert run.finish() == 0
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome
 
 
 @pytest.fixture
@@ -51,4 +51,4 @@ def test_a_full_disk(run, undisturbed, small_disk, size):
     assert run.finish() == 0, run.lines()
     if steps:
         assert f"resuming at step {steps[-1]} of 30" in run.lines()[0]
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome

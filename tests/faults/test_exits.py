@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from tests.faults.test_disk import small_disk
-from tests.helpers.program import ROOT, environment
+from tests.helpers import small
+from tests.helpers.program import CONFIG, ROOT, environment
 
 __all__ = ["small_disk"]
 
@@ -59,7 +61,11 @@ def test_a_thread_that_works_on(tmp_path):
 def test_no_room_for_directories(small_disk, tmp_path):
     """orbax's threads would wait five minutes for a directory that could not be made."""
     small_disk(tmp_path / "run", "1m,nr_inodes=8")
-    status, lines, seconds = ends("-m", "vmapbn_flax", "train", "--config=configs/tiny.py", f"--workdir={tmp_path}/run")
+    splits = {"train": small.dataset().train, "test": small.dataset().test}
+    images = {f"{name}_images": split.images for name, split in splits.items()}
+    np.savez(tmp_path / "small.npz", **images, **{f"{name}_labels": split.labels for name, split in splits.items()})
+    data = ("--config.data.name=npz", f"--config.data.dir={tmp_path}")
+    status, lines, seconds = ends("-m", "vmapbn_flax", "train", CONFIG, *data, f"--workdir={tmp_path}/run")
     assert status == 1
     assert seconds < SECONDS
     assert [line.split(":")[0] for line in lines if not line.startswith(("step", str(tmp_path)))] == ["error"], lines

@@ -89,7 +89,7 @@ REFRESH_PHASES = {
 
 
 def check(run, undisturbed):
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome
     assert leftovers(run.workdir) == []
     assert not list(run.workdir.rglob("damaged"))
     assert len(saved_steps(run.workdir / "checkpoints")) <= 3

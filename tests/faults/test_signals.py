@@ -38,7 +38,7 @@ def test_stops_where_it_can_go_on(run, undisturbed, signum, name, call):
     assert leftovers(run.workdir) == []
     assert run.finish() == 0
     assert f"resuming at step {steps[-1]} of 30" in run.lines()[0]
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome
 
 
 def test_a_second_one_ends_it_at_once(run, undisturbed):
@@ -51,7 +51,7 @@ def test_a_second_one_ends_it_at_once(run, undisturbed):
     assert run.wait() in (128 + signal.SIGINT, 128 + signal.SIGTERM)  # on a busy machine both are handled at once
     assert time.monotonic() - started < 5
     assert run.finish() == 0
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -103,4 +103,4 @@ def test_while_the_picture_is_drawn(run, undisturbed):
     run.wait_for("waiting")
     run.signal(signal.SIGTERM)
     assert run.wait() == 0
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome

@@ -1,26 +1,21 @@
 """One process a workdir."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 
-from tests.helpers.program import ROOT
-from tests.helpers.runs import outcome
+from tests.helpers import small
+from tests.helpers.runs import CONFIG, command, outcome
+from vmapbn_flax.runs import train
 
 
-def test_a_second_process_is_refused(run, undisturbed):
+def test_a_second_process_is_refused(run, undisturbed, capsys, monkeypatch):
     run.start(name="vmapbn_flax.runs.checkpoints:Checkpoints.save", call=3, seconds=60)
     run.wait_for("waiting")
     (pid,) = {int(word) for word in (run.workdir / ".lock").read_text().split() if word.isdecimal()}
     files = {path: path.stat().st_mtime_ns for path in run.workdir.rglob("*")}
-    argv = [sys.executable, "-m", "vmapbn_flax", "train", "--config=configs/tiny.py", f"--workdir={run.workdir}"]
-    second = subprocess.run(
-        argv, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert second.returncode == 1
-    (line,) = second.stderr.splitlines()
+    monkeypatch.setattr(train, "load_dataset", small.load)
+    status, (line,) = command(capsys, "train", CONFIG, f"--workdir={run.workdir}")  # of the process of this test
+    assert status == 1
     assert line.startswith(f"error: {run.workdir}: got a workdir in use by process {pid} on {socket.gethostname()};")
     assert {path: path.stat().st_mtime_ns for path in run.workdir.rglob("*")} == files
     run.signal(signal.SIGKILL)
@@ -28,4 +23,4 @@ def test_a_second_process_is_refused(run, undisturbed):
     # What the dead process wrote into the lock stays there; the lock itself does not.
     assert str(pid) in (run.workdir / ".lock").read_text()
     assert run.finish() == 0
-    assert outcome(run.workdir) == outcome(undisturbed.workdir)
+    assert outcome(run.workdir) == undisturbed.outcome

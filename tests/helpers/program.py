@@ -5,6 +5,7 @@ line as `python -m vmapbn_flax` would, except that "small" is the data set of te
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -13,9 +14,11 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/helpers/fault_config.py"
@@ -82,6 +85,8 @@ def _serve() -> None:
         "vmapbn_flax.sweeps.report",
         "rich.table",
         "vmapbn_flax.runs.tensorboard",
+        "vmapbn_flax.cli.flags",
+        "jaxlib.mlir.dialects.mhlo",
     ):  # which the program imports late
         importlib.import_module(name)
     from tests.helpers import small
@@ -91,6 +96,8 @@ def _serve() -> None:
     from vmapbn_flax.sweeps import plan
 
     train.load_dataset = plan.load_dataset = refresh.load_dataset = small.load
+    _keep_what_followers_compile()
+    _warm_up()
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
@@ -105,6 +112,38 @@ def _serve() -> None:
         print(pid, flush=True)
         sys.stdin.readline()
         print(os.waitpid(pid, 0)[1], flush=True)
+
+
+def _keep_what_followers_compile() -> None:
+    """Makes every process of a run write to JAX's cache, not only the first: on a CPU, each has keys of its own."""
+    from jax._src import compiler
+
+    compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
+
+
+def _warm_up() -> None:
+    """Fills the caches of JAX's tracing and of matplotlib that each process would fill anew: a quarter of its time.
+
+    It starts no device, whose threads a fork would lose.
+    """
+    import jax
+
+    from tests.helpers import small
+    from vmapbn_flax.runs.pictures import plot_runs
+    from vmapbn_flax.runs.workdir import Workdir
+    from vmapbn_flax.training.state import create_state
+    from vmapbn_flax.training.steps import Batch
+
+    config, examples = small.config(), small.split(small.BATCH, seed=0)
+    create = functools.partial(create_state, config.model, config.optimizer, small.CLASSES, small.IMAGE)
+    state = jax.eval_shape(create, hyper := small.hyper(config))
+    jax.eval_shape(small.step_of(config), state, hyper, Batch(examples.images, examples.labels))
+    with tempfile.TemporaryDirectory() as directory:
+        workdir = Workdir(Path(directory))
+        rows = ({"step": step, "train_loss": 1 / step, "test_accuracy": step / 10} for step in range(1, 10))
+        workdir.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plot_runs([workdir.path], workdir.picture)
+    gc.freeze()  # a search for garbage would copy the pages that the processes share
 
 
 def _inject(

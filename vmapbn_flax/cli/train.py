@@ -15,7 +15,7 @@ def run(arguments: argparse.Namespace, started: float) -> int:
     """Trains; the status is 1 if members of a sweep have failed."""
     environment.forgo_torch()
     config, path = arguments.config, arguments.workdir
-    if config.model.name != "mlp":  # convolutions, as far as is known before JAX is imported
+    if getattr(config.get("model"), "name", None) != "mlp":  # convolutions, as far as is known; validated below
         environment.keep_freed_memory()
     if is_sweep(config):
         from vmapbn_flax.sweeps.train import train_sweep
