@@ -10,8 +10,13 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-# Before anything imports the package: every annotated signature is a shape contract, checked at each call.
-jaxtyping.install_import_hook("vmapbn_flax", "beartype.beartype")
+# Before anything imports the package: a signature with a shape is a contract, checked at each call. The hook wraps all
+# functions of a module, so only of those with shapes; mypy checks the types of the others.
+_PACKAGE = Path(__file__).parents[1] / "vmapbn_flax"
+_SHAPED = [path for path in _PACKAGE.rglob("*.py") if "jaxtyping" in path.read_text()]
+jaxtyping.install_import_hook(
+    [".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts) for path in _SHAPED], "beartype.beartype"
+)
 
 # For the tests on many devices; those that name no mesh use one of these, and what the tests start divides its own CPU.
 jax.config.update("jax_num_cpu_devices", 8)
