@@ -9,13 +9,16 @@ from vmapbn_flax.fields import FIELDS
 from vmapbn_flax.runs import train as run
 from vmapbn_flax.sweeps import train as sweep
 from vmapbn_flax.training import compiler
+from vmapbn_flax.training import programs as programs_module
 from vmapbn_flax.training.programs import Programs
 
 
 class SharedPrograms:
     """Makes `Programs` whose compiled code is that of the first ones for as many configs of the same kind.
 
-    Those compiled quickly, see the module `quick`, are of another kind.
+    They are those of the call before, with other members, if the data and the length are the same, too: whatever makes
+    `Programs` through it makes them one after the other. Those compiled quickly, see the module `quick`, are of another
+    kind.
     """
 
     def __init__(self):
@@ -26,10 +29,15 @@ class SharedPrograms:
         kind = len(configs), fields, shapes, devices, repr(compiler._CPU_OPTIONS)
         same = kind, id(dataset.train), configs[0].train.num_epochs
         if same not in self._programs:
-            programs = Programs(configs, dataset, devices)
-            programs.compiler = self._compilers.setdefault(kind, programs.compiler)
+            with pytest.MonkeyPatch.context() as patch:
+                if kind in self._compilers:
+                    patch.setattr(programs_module, "Compiler", lambda: self._compilers[kind])
+                programs = Programs(configs, dataset, devices)
+            self._compilers[kind] = programs.compiler
             self._programs[same] = programs, dataset  # which lives as long as its id is in a key
-        return self._programs[same][0].with_members(configs)
+        programs, _ = self._programs[same]
+        programs.set_members(configs)
+        return programs
 
     def forget(self):
         """Has the next ones compile."""
