@@ -40,15 +40,16 @@ collect_ignore = ["helpers/payload.py"]  # its import fails, on purpose
 # Half a minute each or more: a worker that began one of these last would keep the others waiting.
 LONGEST = (
     "multihost/test_processes.py",
+    "runs/test_resume.py",
+    "nn/test_batch_norm.py",
+    "test_commands.py",
+    "training/test_devices.py",
+    "faults/test_signals.py",
+    "cli/test_cli.py",
+    "faults/test_kills.py",
+    "nn/test_batch_norm_properties.py",
     "sweeps/test_sweep.py",
     "sweeps/test_halving.py",
-    "runs/test_resume.py",
-    "test_commands.py",
-    "faults/test_kills.py",
-    "nn/test_batch_norm.py",
-    "faults/test_signals.py",
-    "sweeps/test_proposals.py",
-    "training/test_devices.py",
 )
 
 
@@ -59,6 +60,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # JAX and the other imports are not searched for garbage again and again
+    gc.set_threshold(200_000, 20, 100)  # nor what JAX traces, which made a twentieth of the time
 
 
 @pytest.fixture
