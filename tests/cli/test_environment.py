@@ -71,9 +71,8 @@ if sys.argv[1] == "kept":
 import jax, jax.numpy as jnp
 function = jax.jit(lambda x, w: jnp.tanh(x @ w) @ w[:, 0])  # a temporary value of 51 MB
 x, w = jnp.ones((100_000, 128)), jnp.ones((128, 128))
-for i in range(8):
-    if i == 4:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):
     function(x, w).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -81,9 +80,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc returns large blocks to the system")
 def test_memory_for_temporary_values_is_kept():
-    """Or each call would have its page faults, 10,000 in a training step of a ConvNet."""
+    """Or each call would have its page faults, 10,000 in a training step of a ConvNet.
+
+    A few calls have them all the same: what another thread allocated meanwhile lies behind the block that was freed.
+    """
     faults = {name: int(python(TEMPORARIES, name).stdout) for name in ("kept", "returned")}
-    assert faults["returned"] > 4 * 10_000
+    assert faults["returned"] > 40 * 10_000
     assert faults["kept"] < faults["returned"] / 2
 
 
