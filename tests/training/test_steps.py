@@ -14,7 +14,7 @@ from tests.helpers.quick import jit
 from vmapbn_flax.training import steps
 from vmapbn_flax.training.evaluation import make_evaluate
 from vmapbn_flax.training.metrics import TrainMetrics, compute
-from vmapbn_flax.training.optimizer import make_optimizer
+from vmapbn_flax.training.optimizer import initial_state
 from vmapbn_flax.training.steps import Batch, epoch_permutation, make_loss
 
 NORMS = ("vmap", "batched", "none")
@@ -89,7 +89,7 @@ def test_one_step_by_hand(norm):
     )
     state = small.programs(**changes).create()
     state = state if norm != "none" else without_norm(state)
-    state = state.replace(opt_state=make_optimizer(small.config(**changes).optimizer, hyper, 0.0).init(state.params))
+    state = state.replace(opt_state=initial_state(small.config(**changes).optimizer, state.params))
     batch = small.batch()
     new, metrics = jit(small.step_of(small.config(**changes, model__norm=norm)))(state, hyper, batch)
 

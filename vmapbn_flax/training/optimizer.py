@@ -1,12 +1,17 @@
 """The optimizer that a config names, and its learning rate at each step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from vmapbn_flax.training.hyperparameters import Hyperparameters
+
+_ADAM_EPS = 1e-8
 
 
 def learning_rate(optimizer: ConfigDict, hyper: Hyperparameters, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -23,20 +28,54 @@ def learning_rate(optimizer: ConfigDict, hyper: Hyperparameters, step: Int[Array
     return hyper["optimizer.learning_rate"] * jnp.where(step < warmup, shape, after)
 
 
-def make_optimizer(
-    optimizer: ConfigDict, hyper: Hyperparameters, learning_rate: Float[Array, ""] | float
-) -> optax.GradientTransformation:
-    """`config.optimizer` at one learning rate. The form of its state does not depend on the hyperparameters.
+def initial_state(optimizer: ConfigDict, params: PyTree) -> optax.OptState:
+    """The state of `config.optimizer` before the first update, in the form that optax gives it."""
+    transformation = optax.trace(0.0) if optimizer.name == "sgd" else optax.scale_by_adam()
+    return transformation.init(params)
 
-    The moments of all parameters lie in one vector, which a CPU updates in one pass.
+
+def apply_gradients(
+    optimizer: ConfigDict,
+    hyper: Hyperparameters,
+    learning_rate: Float[Array, ""],
+    params: PyTree,
+    state: optax.OptState,
+    grads: PyTree,
+    allowed: Bool[Array, ""],
+) -> tuple[PyTree, optax.OptState]:
+    """Parameters and state after an update by `config.optimizer`; as they were, unless it is `allowed`.
+
+    It is optax's update, in an order of its own: first the new moments, in the place of the old ones, then the
+    parameters from them. Or XLA's CPU code computes the moments a second time for the parameters, and copies the old
+    ones.
     """
-    decay = optax.add_decayed_weights(
-        hyper["optimizer.weight_decay"], mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    )
-    adam = optax.flatten(optax.scale_by_adam(hyper["optimizer.adam_b1"], hyper["optimizer.adam_b2"]))
-    transformations = {
-        "adam": (decay, adam),
-        "adamw": (adam, decay),
-        "sgd": (decay, optax.flatten(optax.trace(hyper["optimizer.sgd_momentum"]))),
-    }
-    return optax.chain(*transformations[optimizer.name], optax.scale_by_learning_rate(learning_rate))
+
+    def choose(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(partial(jnp.where, allowed), new, old)
+
+    def decayed(updates: PyTree) -> PyTree:
+        rate = hyper["optimizer.weight_decay"]
+        return jax.tree.map(lambda update, param: update + rate * param if param.ndim > 1 else update, updates, params)
+
+    decoupled = optimizer.name == "adamw"
+    moments = _next_moments(hyper, state, grads if decoupled else decayed(grads))
+    state = lax.optimization_barrier(choose(moments, state))
+    updates = decayed(_updates(hyper, state)) if decoupled else _updates(hyper, state)
+    return choose(jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), params), state
+
+
+def _next_moments(hyper: Hyperparameters, state: optax.OptState, grads: PyTree) -> optax.OptState:
+    if isinstance(state, optax.TraceState):
+        momentum = hyper["optimizer.sgd_momentum"]
+        return optax.TraceState(jax.tree.map(lambda g, t: g + momentum * t, grads, state.trace))
+    mu = optax.tree.update_moment(grads, state.mu, hyper["optimizer.adam_b1"], order=1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, hyper["optimizer.adam_b2"], order=2)
+    return optax.ScaleByAdamState(state.count + 1, mu, nu)
+
+
+def _updates(hyper: Hyperparameters, state: optax.OptState) -> PyTree:
+    if isinstance(state, optax.TraceState):
+        return state.trace
+    mu = optax.tree.bias_correction(state.mu, hyper["optimizer.adam_b1"], state.count)
+    nu = optax.tree.bias_correction(state.nu, hyper["optimizer.adam_b2"], state.count)
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + _ADAM_EPS), mu, nu)

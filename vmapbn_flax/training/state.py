@@ -13,7 +13,7 @@ from vmapbn_flax.networks import BUILT_IN
 from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.metrics import TrainMetrics
 from vmapbn_flax.training.network import make_network, to_inputs
-from vmapbn_flax.training.optimizer import make_optimizer
+from vmapbn_flax.training.optimizer import initial_state
 
 # A scalar inside a step, an array with one entry a member around a vmap. JAX may rebuild the tree with other leaves, so
 # that no field can be annotated as an array.
@@ -58,7 +58,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=make_optimizer(optimizer, hyper, 0.0).init(params),
+        opt_state=initial_state(optimizer, params),
         metrics=TrainMetrics.empty(),
         skipped_steps=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),

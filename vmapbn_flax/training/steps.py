@@ -17,7 +17,7 @@ from vmapbn_flax.training.hyperparameters import Hyperparameters
 from vmapbn_flax.training.layout import ONE_DEVICE, Layout
 from vmapbn_flax.training.metrics import TrainMetrics
 from vmapbn_flax.training.network import in_compute_dtype, make_network, to_inputs
-from vmapbn_flax.training.optimizer import learning_rate, make_optimizer
+from vmapbn_flax.training.optimizer import apply_gradients, learning_rate
 from vmapbn_flax.training.state import TrainState
 
 
@@ -123,7 +123,6 @@ def make_train_step(
             state.params, state.batch_stats, hyper, batch, state.step
         )
         rate = learning_rate(optimizer, hyper, state.step)
-        updates, opt_state = make_optimizer(optimizer, hyper, rate).update(grads, state.opt_state, state.params)
         metrics = TrainMetrics.single_from_model_output(
             loss=losses, logits=logits, labels=batch.labels, mask=batch.mask
         )
@@ -131,14 +130,13 @@ def make_train_step(
         frozen = state.skipped_in_a_row >= max_skipped_steps
         # An infinite square would stay in Adam's second moment for ever.
         finite = jnp.isfinite(value) & _all_below(_LARGEST_GRADIENT, grads)
-        moved = state.replace(
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            metrics=state.metrics.merge(metrics),
-        )
-        state = jax.tree.map(lambda new, old: jnp.where(finite & ~frozen, new, old), moved, state)
+        allowed = finite & ~frozen
+        params, opt_state = apply_gradients(optimizer, hyper, rate, state.params, state.opt_state, grads, allowed)
+        moved = state.replace(batch_stats=batch_stats, metrics=state.metrics.merge(metrics))
+        state = jax.tree.map(lambda new, old: jnp.where(allowed, new, old), moved, state)
         state = state.replace(
+            params=params,
+            opt_state=opt_state,
             step=state.step + ~frozen,
             skipped_steps=state.skipped_steps + (~finite & ~frozen),
             skipped_in_a_row=jnp.where(frozen, state.skipped_in_a_row, (state.skipped_in_a_row + 1) * ~finite),
