@@ -8,6 +8,7 @@ import threading
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import struct
 
@@ -125,15 +126,15 @@ def test_another_model(directory):
     assert listing(directory) == before
 
 
-def test_biases_before_norms(directory):
-    """Of an earlier version: the line says so, where the vector of Adam's moments would differ first."""
-    layers = {"dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "norm_0": {"bias": jnp.ones(3)}}
-    old = State(jnp.int32(1), layers, (jnp.zeros(12),))
+def test_an_earlier_version(directory):
+    """The line says so, of the state of `optax.flatten(optax.scale_by_adam())` in a chain."""
+    params = {"dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    moments = optax.ScaleByAdamState(jnp.int32(1), mu=jnp.zeros(9), nu=jnp.zeros(9))
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
-        checkpoints.save(1, old, META)
-    template = State(jnp.int32(0), layers | {"dense_0": {"kernel": jnp.ones((2, 3))}}, (jnp.zeros(9),))
+        checkpoints.save(1, {"params": params, "opt_state": (optax.EmptyState(), moments, optax.EmptyState())}, META)
+    template = {"params": params, "opt_state": moments._replace(mu=params, nu=params)}
     for attempt in (lambda: restore(directory, 1, template), lambda: restore_latest(directory, template)):
-        with pytest.raises(RunError, match=r"1: params/dense_0/bias: got a bias, expected none: .*before a norm"):
+        with pytest.raises(RunError, match=r"1: got the optimizer's moments in one vector, .* Continue with"):
             attempt()
 
 

@@ -1,3 +1,5 @@
+import re
+from collections import Counter
 from functools import partial
 
 import jax
@@ -8,6 +10,7 @@ import pytest
 
 from tests.helpers import small
 from vmapbn_flax.training.optimizer import apply_gradients, initial_state, learning_rate
+from vmapbn_flax.training.programs import Programs
 
 TOTAL = 4 * small.STEPS_PER_EPOCH
 
@@ -89,3 +92,16 @@ def test_optimizer_is_optax_s(name, weight_decay):
         return ours, theirs
 
     small.assert_close(*train(hyper), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("adam", 3), ("adamw", 3), ("sgd", 2)])
+def test_passes_over_a_kernel(name, passes):
+    """One for each moment, and one for the parameters that reads the new moments; nothing is copied."""
+    config = small.config(optimizer__name=name, model__hidden=(24, 40))
+    programs = Programs([config], small.dataset())
+    programs.advance(programs.create(), 0, 1)
+    body = programs.compiler["train"].as_text()
+    found = re.findall(r"^  (?:ROOT )?(%\S+) = f32\[24,40\]\S* (fusion|copy|dot)\((.*?)\)", body, re.MULTILINE)
+    assert Counter(operation for _, operation, _ in found) == {"dot": 1, "fusion": passes}
+    *moments, (_, _, read) = [one for one in found if one[1] == "fusion"]
+    assert all(f"{moment}," in read for moment, _, _ in moments)

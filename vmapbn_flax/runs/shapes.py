@@ -1,5 +1,6 @@
 """The shapes that a checkpoint says it has, compared with those that are wanted, before anything is allocated."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ def require_fit(saved_as: Any, template: Any, count: int, path: Path) -> None:
     """
     expected = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in named_leaves(template).items()}
     got = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in saved_as.items()}
-    surplus = [name for name in got if name.startswith("params/") and name not in expected]
-    if surplus and all(name.endswith("/bias") for name in surplus) and not {*expected} - {*got}:
+    if any(re.match(r"opt_state/\d", name) for name in got):
         raise RunError(
-            f"{path}: {surplus[0]}: got a bias, expected none: earlier versions had one, without effect, before a "
-            f"norm. Continue with the version that trained this checkpoint, or train again in another --workdir."
+            f"{path}: got the optimizer's moments in one vector, as earlier versions kept them. Continue with the "
+            f"version that trained this checkpoint, or train again in another --workdir."
         )
     for name in dict.fromkeys([*expected, *got]):
         if not _fits(got.get(name), expected.get(name), count):

@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
@@ -45,9 +44,8 @@ def apply_gradients(
 ) -> tuple[PyTree, optax.OptState]:
     """Parameters and state after an update by `config.optimizer`; as they were, unless it is `allowed`.
 
-    It is optax's update, in an order of its own: first the new moments, in the place of the old ones, then the
-    parameters from them. Or XLA's CPU code computes the moments a second time for the parameters, and copies the old
-    ones.
+    It is optax's update, but from the moments that are kept. From new ones of which a later choice may keep the old,
+    XLA's CPU code would compute them twice, and copy the old ones.
     """
 
     def choose(new: PyTree, old: PyTree) -> PyTree:
@@ -59,7 +57,7 @@ def apply_gradients(
 
     decoupled = optimizer.name == "adamw"
     moments = _next_moments(hyper, state, grads if decoupled else decayed(grads))
-    state = lax.optimization_barrier(choose(moments, state))
+    state = choose(moments, state)
     updates = decayed(_updates(hyper, state)) if decoupled else _updates(hyper, state)
     return choose(jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), params), state
 
