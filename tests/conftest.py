@@ -10,6 +10,9 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
+# What is imported and what JAX traces is not searched for garbage again and again, which made a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
+
 # Before anything imports the package: a signature with a shape is a contract, checked at each call. The hook wraps all
 # functions of a module, so only of those with shapes; mypy checks the types of the others.
 _PACKAGE = Path(__file__).parents[1] / "vmapbn_flax"
@@ -59,8 +62,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # JAX and the other imports are not searched for garbage again and again
-    gc.set_threshold(200_000, 20, 100)  # nor what JAX traces, which made a twentieth of the time
+    gc.freeze()  # JAX and the other imports are not searched for garbage at all
 
 
 @pytest.fixture

@@ -35,6 +35,13 @@ print(jax.jit(lambda x: x + 1)(1.0))
 """
 
 
+def test_imports_are_not_searched_for_garbage():
+    """A search of all there is happens twice otherwise, and again while the step is traced."""
+    script = "import gc; from vmapbn_flax.cli import environment; environment.prepare(); import vmapbn_flax.runs.train"
+    process = python(f"{script}; print(gc.get_stats()[2]['collections'])")
+    assert (process.returncode, process.stdout) == (0, "0\n"), process.stderr
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["own", "shared"])
 def test_damaged_entries_of_the_cache(tmp_path, own):
     """One that only this program writes is replaced; elsewhere nothing is removed. Other entries stay, everywhere."""
