@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-# What is imported and what JAX traces is not searched for garbage again and again, which made a tenth of the time.
+# What is imported and what JAX traces is not searched for garbage again and again, which made a twentieth of the time.
 gc.set_threshold(200_000, 20, 100)
 
 # Before anything imports the package: a signature with a shape is a contract, checked at each call. The hook wraps all
