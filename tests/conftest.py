@@ -2,6 +2,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # JAX and the other imports are not searched for garbage at all
+
+
+@pytest.fixture(autouse=True)
+def torch_again():
+    """The import of torch, which a `train` of an earlier test has forgone in this process; others would be skipped."""
+    if sys.modules.get("torch", ...) is None:
+        del sys.modules["torch"]
 
 
 @pytest.fixture
